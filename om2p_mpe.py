@@ -1,0 +1,703 @@
+"""OM2P on the Multi-Agent Particle Environments: simple_spread, simple_tag, simple_world.
+
+OM2P (Li et al., AAMAS 2026, arxiv.org/abs/2508.06269) trains a team of agents from recorded data.
+Every agent has a mean-flow policy (Geng et al., 2025, arxiv.org/abs/2505.13447), a network that
+turns noise into an action in one step, and that is also pulled towards what its critic values.
+
+    noise, action      e ~ N(0, I) and an action of the data; flow time 0 and flow time 1
+    x_t                (1 - t) noise + t action, a point on the straight path between them
+    v                  action - noise, the velocity on that path
+    u(x_r, r, t)       mean velocity over the interval [r, t], predicted at its start x_r
+    noise + u(noise, 0, 1)                            the action: one step along the whole path
+    u = v + (t - r) du/dr                             what makes u a mean velocity: the target
+    L = L_meanflow - q_weight E[Q(o, a_pi)] / |Q|     the policy's loss, a_pi the one-step action
+
+Agents are stacked along the first dimension of every tensor and every parameter, and learn
+independently. In shapes: N agents, B batch, E critics, K episodes, T transitions.
+
+    python om2p_mpe.py --task simple_spread --quality expert --seed 0
+    tensorboard --logdir runs
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # region args
+    # Experiment
+    seed: int = 0
+    """seed of networks, batches and evaluation episodes; also names the dataset, seed_<n>_data"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where the networks and the whole dataset live: cpu, cuda, cuda:1"""
+    run_dir: Path = Path("runs")
+    """outputs go to <run-dir>/<task>-<quality>/<script>/seed-<n>/"""
+    resume: bool = False
+    """go on from the run's checkpoint, or start if it has none"""
+
+    # Data and evaluation
+    quality: Literal[
+        "expert", "medium", "medium-replay", "random", "medium-expert", "random-medium"
+    ] = "expert"
+    """the behaviour in the data; the last two are mixtures, 9:1"""
+    data_dir: Path = Path("data")
+    """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
+    eval_interval: int = 500
+    """updates between evaluations, each with a checkpoint"""
+    # endregion args
+    task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
+    """the task"""
+    eval_episodes: int = 100
+    """episodes per evaluation, always the same initial states"""
+
+    # OM2P
+    num_updates: int = 6_000
+    """gradient steps"""
+    batch_size: int = 256
+    """transitions per update, of every agent"""
+    hidden_dims: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers of policy and critic"""
+    learning_rate: float = 1e-3
+    """Adam's step size"""
+    gamma: float = 0.95
+    """discount factor, 0 to 1"""
+    tau: float = 0.005
+    """update rate of the target critic, 0 to 1"""
+    timeout_done: bool = False
+    """count an episode's last step as terminal; the public data's `done` is always 0"""
+    q_weight: float = 1.0
+    """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
+    time_alpha: float = 1.0
+    """Beta distribution of the interval's ends, first shape, > 0; (1, 1) is uniform"""
+    time_beta: float = 1.0
+    """second shape, > 0; (2, 2) is bell-shaped, (1 / q, 1) is U^q, with mass at (0, 1) for q > 1"""
+    flow_ratio: float = 0.25
+    """share of the batch with t = r, which is plain flow matching, 0 to 1"""
+    derivative: Literal["finite-difference", "jvp"] = "finite-difference"
+    """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
+    delta: float = 1e-2
+    """step of the difference quotient; in float32 below 1e-4 it drowns in rounding"""
+
+
+# region networks
+class StackedLinear(nn.Module):
+    """A linear layer for each entry of `stack`, (N,) agents or (E, N) critics and agents.
+
+    (*stack, B, in_dim) -> (*stack, B, out_dim); leading dimensions that the input lacks broadcast.
+    Initialised as nn.Linear is.
+    """
+
+    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def mlp(stack, in_dim: int, hidden_dims, out_dim: int, layer_norm: bool = False) -> nn.Sequential:
+    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
+
+    The norm has no scale and shift of its own: the linear layer behind it has them already, and a
+    shared one would couple the agents.
+    """
+    layers = []
+    for width in hidden_dims:
+        layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
+        layers += [nn.LayerNorm(width, elementwise_affine=False)] if layer_norm else []
+        in_dim = width
+    return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
+
+
+class Critic(nn.Module):
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        super().__init__()
+        self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+
+
+# endregion networks
+
+
+# region om2p
+class MeanFlowPolicy(nn.Module):
+    """The mean velocity u(x_r, r, t | o) of every agent's flow, and one-step actions with it."""
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        super().__init__()
+        self.action_dim = action_dim
+        self.net = mlp((num_agents,), obs_dim + action_dim + 2, hidden_dims, action_dim)
+
+    def forward(self, obs, x, r, t) -> torch.Tensor:
+        """(N, B, obs_dim), (N, B, action_dim), (N, B, 1), (N, B, 1) -> u (N, B, action_dim)."""
+        return self.net(torch.cat([obs, x, r, t], dim=-1))
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """One-step actions noise + u(noise, 0, 1): (N, B, obs_dim) -> (N, B, action_dim)."""
+        if noise is None:
+            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
+        return (noise + self(obs, noise, r, t)).clamp(-1, 1)
+
+
+def sample_times(shape, alpha: float, beta: float, flow_ratio: float, device="cpu"):
+    """Draw 0 <= r <= t <= 1, each of `shape`: OM2P's generalised timestep distribution.
+
+    r ~ Beta(alpha, beta), t ~ 1 - Beta(alpha, beta), sorted; t = r for a share `flow_ratio`.
+    """
+    alpha, beta = (torch.tensor(float(value), device=device) for value in (alpha, beta))
+    draws = torch.distributions.Beta(alpha, beta).sample((2, *shape))
+    r, t = torch.stack([draws[0], 1 - draws[1]]).sort(dim=0).values
+    return r, torch.where(torch.rand(shape, device=device) < flow_ratio, r, t)
+
+
+def mean_flow_loss(policy, obs, action, noise, r, t, delta=1e-2, derivative="finite-difference"):
+    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2; DESIGN in the README.
+
+    The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
+    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    """
+    x, v = (1 - r) * noise + r * action, action - noise
+    if derivative == "jvp":
+        tangents = (v, torch.ones_like(r), torch.zeros_like(t))
+        u, du_dr = torch.func.jvp(lambda *x_r_t: policy(obs, *x_r_t), (x, r, t), tangents)
+    else:
+        u = policy(obs, x, r, t)
+        with torch.no_grad():
+            du_dr = (policy(obs, x + delta * v, r + delta, t) - u) / delta
+    target = (v + (t - r) * du_dr).detach()
+    return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
+
+
+def critic_loss(critic, target_critic, policy, batch: dict, gamma: float):
+    """Temporal-difference loss of the twin critics, sum over critics and agents; and the mean Q.
+
+    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient.
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"])).mean(dim=0)
+        target = batch["reward"] + gamma * (1 - batch["done"]) * next_q
+    q = critic(batch["obs"], batch["action"])  # (2, N, B)
+    loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum()
+    return loss, q.detach().mean()
+
+
+def policy_loss(policy, critic, batch: dict, args):
+    """OM2P's objective, L_meanflow - q_weight E[Q(o, a_pi)] / sg(E|Q|), sum over agents.
+
+    Returns it, and its two parts without gradient.
+    """
+    obs, action = batch["obs"], batch["action"]
+    r, t = sample_times(
+        (*action.shape[:-1], 1), args.time_alpha, args.time_beta, args.flow_ratio, action.device
+    )
+    noise = torch.randn_like(action)
+    flow = mean_flow_loss(policy, obs, action, noise, r, t, args.delta, args.derivative)
+    q = critic(obs, policy.act(obs)).mean(dim=0)  # (N, B)
+    q = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
+    return flow - args.q_weight * q, flow.detach(), q.detach()
+
+
+# endregion om2p
+
+
+# region dataset
+FILES = {"obs": "obs", "action": "acs", "reward": "rews", "next_obs": "next_obs", "done": "dones"}
+MIXTURES = {  # the first 90 % of one dataset, then the first 10 % of the other; OM2P's release
+    "medium-expert": (("medium", 0.9), ("expert", 0.1)),
+    "random-medium": (("random", 0.9), ("medium", 0.1)),
+}
+
+
+def make_dataset(data_dir: Path, task: str, quality: str, seed: int) -> None:
+    """Have the repository's collector make a dataset that is missing, or say how to get it."""
+    options = ["--task", task, "--quality", quality, "--seed", str(seed)]
+    here = Path(__file__).resolve().parent
+    for collector in (here / "data" / COLLECTOR, here.parent / "data" / COLLECTOR):
+        if collector.is_file():
+            print(f"There are no {task} {quality} data, seed {seed}, in {data_dir}; making them")
+            command = [sys.executable, collector, *options, "--data-dir", data_dir]
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"error: data/{COLLECTOR} could not make the {quality} data")
+            return
+    raise SystemExit(
+        f"error: there are no {task} {quality} data, seed {seed}, in {data_dir}: make them by "
+        f"`python data/{COLLECTOR} {' '.join(options)}` or get the public ones by "
+        f"`bash data/download.sh {task} {quality}`"
+    )
+
+
+def read_array(path: Path, length: int | None, width: int | None) -> np.ndarray:
+    """Map one .npy file and check it: (length, width); without width (length,) or (length, 1)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise ValueError("it is not an array of numbers")
+    except (OSError, ValueError, EOFError) as problem:
+        raise SystemExit(f"error: {path} cannot be read: {problem}") from None
+    if width is None and array.shape[1:] == (1,):
+        array = array[:, 0]
+    expected = (array.shape[0] if length is None and array.ndim else length,)
+    expected += () if width is None else (width,)
+    if array.shape != expected:
+        raise SystemExit(f"error: {path} has shape {array.shape}; expected {expected}")
+    return array
+
+
+def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device="cpu") -> dict:
+    """Read OMAR's {obs,acs,rews,next_obs,dones}_{i}.npy, one of each for every agent.
+
+    Returns float32 tensors on `device`: obs, next_obs (N, T, obs_dim), action (N, T, action_dim),
+    reward, done (N, T); agents of smaller dimensions are padded with zeros. Ends the program with a
+    line that names the file if one is missing, unreadable, misshapen, or holds NaN or infinities.
+    """
+    widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
+    columns = {key: [[] for _ in range(env.num_agents)] for key in FILES}
+    for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
+        folder, length = Path(data_dir) / task / part / f"seed_{seed}_data", None
+        if not folder.is_dir():
+            make_dataset(data_dir, task, part, seed)
+        if (folder / f"obs_{env.num_agents}.npy").exists():
+            raise SystemExit(
+                f"error: {folder} holds more than the {env.num_agents} agents of {task}"
+            )
+        for i in range(env.num_agents):
+            for key, name in FILES.items():
+                path = folder / f"{name}_{i}.npy"
+                width = widths[key][i] if key in widths else None
+                array = read_array(path, length, width)
+                length = len(array)
+                values = torch.from_numpy(array[: round(share * length)].astype(np.float32))
+                if not values.isfinite().all():
+                    raise SystemExit(f"error: {path} holds NaN or infinite values")
+                if key == "action" and (values.abs() > 1.001).any():
+                    raise SystemExit(f"error: {path} holds actions outside [-1, 1]")
+                if width is not None:
+                    values = F.pad(values, (0, max(widths[key]) - width))
+                columns[key][i].append(values)
+    return {
+        key: torch.stack([torch.cat(parts) for parts in agents]).to(device)
+        for key, agents in columns.items()
+    }
+
+
+# endregion dataset
+
+
+# region mpe
+COLLECTOR = "collect_mpe.py"  # in data/, makes the datasets
+LEARNERS = 3  # three agents are trained in every task; in tag and world a fourth is the prey
+SOLID, FOOD, FOREST = 0.2, 0.03, 0.3  # radii of the landmarks in tag and world
+LANDMARK_SIZES = {
+    "simple_spread": (0.05, 0.05, 0.05),  # the targets, which nobody bumps into
+    "simple_tag": (SOLID, SOLID),
+    "simple_world": (SOLID, FOOD, FOOD, FOREST, FOREST),
+}
+REFERENCE_RETURNS = {  # (random, expert) of the public data, OMAR (ICML 2022): scores 0 and 100
+    "simple_spread": (159.8, 516.8),
+    "simple_tag": (-4.1, 185.6),
+    "simple_world": (-6.8, 79.5),
+}
+
+
+def normalized_score(task: str, returns):
+    """Score on the field's scale: 0 for the public random data, 100 for its expert data."""
+    low, high = REFERENCE_RETURNS[task]
+    return 100 * (returns - low) / (high - low)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distances between two sets of points, (K, A, 2) and (K, B, 2) -> (K, A, B)."""
+    delta = a[:, :, None] - b[:, None]
+    return np.sqrt(np.einsum("kabd,kabd->kab", delta, delta))
+
+
+class MPE:
+    """The Multi-Agent Particle Environments of OMAR's fork, K episodes at once.
+
+    Three agents learn: in simple_spread they cover three targets, in simple_tag and simple_world
+    they hunt a faster prey that `prey_policy(obs (1, K, D)) -> (1, K, 2)` steers. An action is a
+    2-D force in [-1, 1]; a step lasts 0.1, an episode 25 steps. The state: `pos`, `vel` (K, A, 2),
+    the prey last, and `landmarks` (K, L, 2): targets, or obstacles, food and forests in this order.
+
+    Source: github.com/ling-pan/OMAR, multiagent-particle-envs. Its rewards, its forces (9 and 16
+    times the action for hunters and prey) and its order (velocity first, then position) differ from
+    PettingZoo's mpe2, so returns of the two cannot be compared.
+    """
+
+    horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
+    num_agents, action_dims = LEARNERS, (2,) * LEARNERS
+
+    def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
+        self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
+        self.rng = np.random.default_rng(seed)
+        self.landmark_size = np.array(LANDMARK_SIZES[task])
+        if task == "simple_spread":
+            self.size, self.gain, self.max_speed = np.full((3, LEARNERS), [[0.15], [5.0], [np.inf]])
+        else:
+            prey_size = 0.05 if task == "simple_tag" else 0.045
+            self.size = np.array([0.075] * LEARNERS + [prey_size])
+            self.gain = np.array([9.0] * LEARNERS + [16.0])
+            self.max_speed = np.array([1.0] * LEARNERS + [1.3])
+        solid = self.landmark_size == SOLID
+        self.body_size = np.concatenate([self.size, self.landmark_size[solid]])
+        self.solid, self.forest = (
+            np.flatnonzero(solid),
+            np.flatnonzero(self.landmark_size == FOREST),
+        )
+        self.obs_dims = (self.reset().shape[-1],) * LEARNERS
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Place everything uniformly at random, at rest; `seed` restarts the random numbers.
+
+        Returns the learners' observations (N, K, obs_dim), float32.
+        """
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        K, bound = self.num_episodes, 1.0 if self.task == "simple_spread" else 0.9
+        self.pos = self.rng.uniform(-1, 1, (K, len(self.size), 2))
+        self.vel = np.zeros_like(self.pos)
+        self.landmarks = self.rng.uniform(-bound, bound, (K, len(self.landmark_size), 2))
+        return self.observe(range(LEARNERS))
+
+    def observe(self, agents) -> np.ndarray:
+        """Observations of the agents with these indices, (len(agents), K, obs_dim), float32.
+
+        Own velocity and position; landmarks, then the other agents, relative to oneself; in
+        simple_spread four zeros (a silent channel); for hunters the prey's velocity; in
+        simple_world +1 or -1 for each forest: inside or not.
+        """
+        K, everything = self.num_episodes, []
+        for i in agents:
+            own = self.pos[:, i, None]
+            others = [j for j in range(len(self.size)) if j != i]
+            parts = [self.vel[:, i], own, self.landmarks - own, self.pos[:, others] - own]
+            if self.task == "simple_spread":
+                parts += [np.zeros((K, 4))]
+            elif i < LEARNERS:
+                parts += [self.vel[:, LEARNERS]]
+            if len(self.forest):
+                depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
+                parts += [np.where(depth > 0, 1.0, -1.0)]
+            everything.append(np.concatenate([part.reshape(K, -1) for part in parts], axis=-1))
+        return np.stack(everything).astype(np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Advance one step under `action` (N, K, 2).
+
+        Returns the next observations (N, K, obs_dim) and each learner's reward (N, K).
+        """
+        if self.prey_policy is not None:
+            action = np.concatenate([action, self.prey_policy(self.observe([LEARNERS]))])
+        force = action.transpose(1, 0, 2) * self.gain[:, None] + self.contact_force()
+        self.vel = self.vel * (1 - self.damping) + force * self.dt
+        speed = np.sqrt((self.vel**2).sum(axis=-1, keepdims=True))
+        limit = self.max_speed[:, None]
+        self.vel = np.where(speed > limit, self.vel / np.maximum(speed, 1e-12) * limit, self.vel)
+        self.pos = self.pos + self.vel * self.dt
+        return self.observe(range(LEARNERS)), self.reward()
+
+    def contact_force(self) -> np.ndarray:
+        """Soft repulsion of overlapping bodies, (K, A, 2): a softplus of the overlap, times 100."""
+        bodies = np.concatenate([self.pos, self.landmarks[:, self.solid]], axis=1)
+        dist = distance(self.pos, bodies)
+        overlap = (self.size[:, None] + self.body_size - dist) / self.softness
+        push = self.stiffness * self.softness * np.logaddexp(0, overlap)
+        push = np.divide(push, dist, out=np.zeros_like(dist), where=dist > 0)  # not on oneself
+        return np.einsum("kab,kabd->kad", push, self.pos[:, :, None] - bodies[:, None])
+
+    def reward(self) -> np.ndarray:
+        """Rewards (N, K): closeness to the targets less collisions, or contacts with the prey."""
+        team = self.pos[:, :LEARNERS]
+        if self.task == "simple_spread":
+            nearest = distance(team, self.landmarks).min(axis=1)  # (K, L), over the agents
+            covered = np.minimum(1 / np.maximum(nearest, 1e-12), 10).sum(axis=-1)
+            bumps = (distance(team, team) < 2 * self.size[0]).sum(axis=-1) - 1
+            return covered - 5.0 * bumps.T
+        gap = distance(team, self.pos[:, LEARNERS:])[..., 0]
+        caught = (gap < self.size[0] + self.size[LEARNERS]).sum(axis=-1)
+        shared = (10 if self.task == "simple_tag" else 5) * caught - 0.1 * gap.sum(axis=-1)
+        return np.tile(shared, (LEARNERS, 1))
+
+
+def load_prey(path: Path):
+    """The prey of simple_tag or simple_world, a function (1, K, obs_dim) -> (1, K, 2).
+
+    Reads OMAR's `pretrained_adv_model.pt`, whose batch norm is folded into the first layer, or this
+    project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
+    """
+    try:
+        if path.suffix == ".pt":
+            agents = torch.load(path, map_location="cpu", weights_only=True)["agent_params"]
+            net = {key: value.double().numpy() for key, value in agents[-1]["policy"].items()}
+            layers = [(net[f"fc{k}.weight"].T, net[f"fc{k}.bias"]) for k in (1, 2, 3)]
+            scale = net["in_fn.weight"] / np.sqrt(net["in_fn.running_var"] + 1e-5)
+            shift = net["in_fn.bias"] - net["in_fn.running_mean"] * scale
+            weight, bias = layers[0]
+            layers[0] = (scale[:, None] * weight, bias + shift @ weight)
+        else:
+            with np.load(path, allow_pickle=False) as net:
+                layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
+    except Exception as problem:
+        raise SystemExit(f"error: {path} cannot be read as a prey: {problem}") from None
+    layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+
+    def prey_policy(obs: np.ndarray) -> np.ndarray:
+        for weight, bias in layers[:-1]:
+            obs = np.maximum(obs @ weight + bias, 0)
+        weight, bias = layers[-1]
+        return np.tanh(obs @ weight + bias)
+
+    return prey_policy
+
+
+def find_prey(task: str, data_dir: Path):
+    """The prey that stands in data_dir/task, the original if there are both; None for spread."""
+    if task == "simple_spread":
+        return None
+    for name in ("pretrained_adv_model.pt", "prey.npz"):
+        if (data_dir / task / name).is_file():
+            return load_prey(data_dir / task / name)
+    raise SystemExit(
+        f"error: {data_dir / task} holds no prey, which {task} needs: "
+        f"run `python data/{COLLECTOR} --task {task}` or `bash data/download.sh {task}`"
+    )
+
+
+# endregion mpe
+
+
+# region evaluate
+@torch.no_grad()
+def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
+    """Play K episodes and return the return of each, (K,): sum over steps, mean over agents.
+
+    Initial states and noise depend on `seed` alone, and training's random state is left as it was.
+    """
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        obs, returns = env.reset(seed), 0.0
+        for _ in range(env.horizon):
+            action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
+            obs, reward = env.step(action)
+            returns = returns + reward.mean(axis=0)
+    return returns
+
+
+# endregion evaluate
+
+
+# region save
+def save(state, path: Path) -> None:
+    """Write a file by torch.save so that a full disk or an interrupt leaves the old one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"error: {path} cannot be written: {problem}") from None
+
+
+# endregion save
+
+
+def train(args: Args):
+    """Train one team and write its run directory; return the policy and the final returns (K,)."""
+    # region setup
+    for name in ("num_updates", "batch_size", "eval_interval", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as problem:
+        raise SystemExit(f"error: --device {args.device} is not usable: {problem}") from None
+    torch.manual_seed(args.seed)
+    # endregion setup
+
+    env = MPE(args.task, args.eval_episodes)
+    dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
+    env.prey_policy = find_prey(args.task, args.data_dir)
+    num_agents, num_transitions, obs_dim = dataset["obs"].shape
+    action_dim = dataset["action"].shape[-1]
+    if num_transitions < args.batch_size:
+        raise SystemExit(f"error: {num_transitions} transitions are fewer than --batch-size")
+    if args.timeout_done:  # an episode ends where the next row does not go on from it
+        goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
+        dataset["done"][:, :-1].masked_fill_(~goes_on, 1.0)
+
+    policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    target_critic = deepcopy(critic).requires_grad_(False)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)
+
+    def update() -> dict[str, torch.Tensor]:
+        index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
+        batch = {key: value[:, index] for key, value in dataset.items()}
+
+        # Critic: one step towards the TD target
+        loss, q = critic_loss(critic, target_critic, policy, batch, args.gamma)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        losses = {"critic": loss.detach(), "q": q}
+
+        # Policy: mean-flow matching, and up the critic; the critic's own gradient is not needed
+        critic.requires_grad_(False)
+        loss, flow, q_term = policy_loss(policy, critic, batch, args)
+        policy_optimizer.zero_grad()
+        loss.backward()
+        policy_optimizer.step()
+        critic.requires_grad_(True)
+        losses |= {"policy": loss.detach(), "mean_flow": flow, "q_term": q_term}
+
+        # Target critic
+        with torch.no_grad():
+            for target, source in zip(target_critic.parameters(), critic.parameters(), strict=True):
+                target.lerp_(source, args.tau)
+        return losses
+
+    modules = {
+        "policy": policy,
+        "critic": critic,
+        "target_critic": target_critic,
+        "policy_optimizer": policy_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+
+    # region loop
+    script = Path(__file__)
+    run_dir = args.run_dir / f"{args.task}-{args.quality}" / script.stem / f"seed-{args.seed}"
+    checkpoint_path = run_dir / "checkpoint.pt"
+    settings = {key: str(value) for key, value in asdict(args).items()}
+    first_step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
+    if args.resume and checkpoint_path.exists():
+        try:
+            state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name])
+            first_step, seconds = state["step"], state["seconds"]
+            history, returns, saved = state["history"], state["returns"], state["settings"]
+            torch.set_rng_state(state["rng"])
+            if args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+        except Exception as problem:
+            raise SystemExit(f"error: {checkpoint_path} cannot be resumed: {problem}") from None
+        free = {"num_updates", "run_dir", "data_dir", "device", "resume"}
+        changed = [key for key in saved if key not in free and saved[key] != settings.get(key)]
+        if changed:
+            text = ", ".join(f"{key} {saved[key]} -> {settings.get(key)}" for key in changed)
+            raise SystemExit(f"error: the run in {run_dir} had other settings: {text}")
+    elif run_dir.exists():
+        old = run_dir.parent / "old" / f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        old.parent.mkdir(exist_ok=True)
+        run_dir.rename(old)
+        print(f"the previous run in {run_dir} is now {old}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    shutil.copy(script, run_dir)
+
+    writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+    start, sums, count = time.time() - seconds, {}, 0
+    bar = tqdm(total=args.num_updates, initial=first_step, unit="update", disable=None)
+    try:
+        for step in range(first_step + 1, args.num_updates + 1):
+            for key, value in update().items():
+                sums[key] = sums.get(key, 0) + value
+            count += 1
+            evaluating = step % args.eval_interval == 0 or step == args.num_updates
+            if step % 100 and not evaluating:
+                continue
+
+            losses = {key: value.item() / count for key, value in sums.items()}
+            sums, count, seconds = {}, 0, time.time() - start
+            bar.update(step - bar.n)
+            for key, value in losses.items():
+                writer.add_scalar(f"losses/{key}", value, step)
+                if not abs(value) < 1e8:
+                    raise SystemExit(
+                        f"error: losses/{key} is {value} at update {step}: training has diverged; "
+                        f"the last checkpoint is kept; try a lower --learning-rate or --q-weight"
+                    )
+            if not evaluating:
+                continue
+
+            returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
+            mean = returns.mean().item()
+            score = normalized_score(args.task, mean)
+            history.append(
+                {"step": step, "return": mean, "score": score, "seconds": seconds, **losses}
+            )
+            writer.add_scalar("charts/return", mean, step)
+            writer.add_scalar("charts/normalized_score", score, step)
+            writer.add_scalar("charts/updates_per_second", step / seconds, step)
+            tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+            with (run_dir / "metrics.csv.tmp").open("w", newline="") as file:
+                table = csv.DictWriter(file, history[0])
+                table.writeheader()
+                table.writerows(history)
+            os.replace(run_dir / "metrics.csv.tmp", run_dir / "metrics.csv")
+            state = {
+                "step": step,
+                "seconds": seconds,
+                "history": history,
+                "returns": returns,
+                "settings": settings,
+                "modules": {name: module.state_dict() for name, module in modules.items()},
+                "rng": torch.get_rng_state(),
+            }
+            if args.device.startswith("cuda"):
+                state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+            save(state, checkpoint_path)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; go on with --resume from {checkpoint_path}") from None
+    finally:
+        bar.close()
+        writer.close()
+
+    returns = returns.numpy()
+    np.save(run_dir / "final_returns.npy", returns)
+    save(policy.state_dict(), run_dir / "policy.pt")
+    best = max(row["return"] for row in history)
+    print(
+        f"{args.task}-{args.quality}, seed {args.seed}: final return {returns.mean():.1f} "
+        f"(sd {returns.std():.1f} over {len(returns)} episodes), normalized score "
+        f"{normalized_score(args.task, returns.mean()):.1f} (best during training "
+        f"{normalized_score(args.task, best):.1f}), {seconds / 60:.1f} minutes; see {run_dir}"
+    )
+    # endregion loop
+    return policy, returns
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
