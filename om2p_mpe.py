@@ -618,7 +618,7 @@ def train(args: Args):
         if changed:
             text = ", ".join(f"{key} {saved[key]} -> {settings.get(key)}" for key in changed)
             raise SystemExit(f"error: the run in {run_dir} had other settings: {text}")
-    elif run_dir.exists():
+    elif run_dir.exists() and not args.resume:
         old = run_dir.parent / "old" / f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         old.parent.mkdir(exist_ok=True)
         run_dir.rename(old)

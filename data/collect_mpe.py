@@ -438,16 +438,18 @@ def train_behavior(args: Args) -> None:
 
     Every agent's twin critics see all observations and actions (MATD3: Ackermann et al., 2019; TD3:
     Fujimoto et al., 2018, here without delayed policy updates). A penalty on the squared pre-tanh
-    outputs keeps actions from saturating, which ends learning in simple_spread. Saved, as
-    `load_behavior` reads it: the first policies to reach the public medium's and expert's return,
-    and up to 12 from the start to that medium, evenly apart.
+    outputs keeps actions from saturating, which ends learning in simple_spread; batches come from
+    recent transitions, explored with twice the noise, which halves the time it takes. Saved, as
+    `load_behavior` reads it: the first policy to reach the public expert's return, on the way the
+    one nearest to the public medium's, and up to 12 from the start to that medium, evenly apart.
     """
     torch.manual_seed(args.seed)
-    num_envs, batch_size, gamma, tau, check_interval = 100, 512, 0.95, 0.01, 10_000
+    num_envs, batch_size, gamma, tau, reward_scale = 100, 512, 0.95, 0.01, 0.1
+    warm_up, recent, check_interval = 20_000, 300_000, 10_000
     install_prey(args.task, args.data_dir)
     prey_policy = find_prey(args.task, args.data_dir)
     env = MPE(args.task, num_envs, args.seed, prey_policy)
-    check_env = MPE(args.task, 400, args.seed + 1, prey_policy)
+    check_env = MPE(args.task, 1_000, args.seed + 1, prey_policy)
     N, obs_dim, action_dim = env.num_agents, env.obs_dims[0], env.action_dims[0]
     policy = Behavior(N, obs_dim, action_dim)
     critic = Critic(N, N * obs_dim, N * action_dim, (128, 128))
@@ -461,14 +463,14 @@ def train_behavior(args: Args) -> None:
         return x.transpose(0, 1).flatten(1).expand(N, -1, -1)
 
     def update(size: int) -> None:
-        index = torch.randint(size, (batch_size,))
+        index = torch.randint(max(0, size - recent), size, (batch_size,))
         obs, action, reward, next_obs, _ = (values[:, index] for values in buffer.values())
         with torch.no_grad():
             next_action = target_policy.act(next_obs)
-            smoothing = (0.2 * torch.randn_like(next_action)).clamp(-0.5, 0.5)
+            smoothing = (0.1 * torch.randn_like(next_action)).clamp(-0.5, 0.5)
             next_action = (next_action + smoothing).clamp(-1, 1)
             next_q = target_critic(joint(next_obs), joint(next_action)).amin(dim=0)
-            target = reward + gamma * next_q
+            target = reward_scale * reward + gamma * next_q
         q = critic(joint(obs), joint(action))
         critic_optimizer.zero_grad()
         F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum().backward()
@@ -497,19 +499,21 @@ def train_behavior(args: Args) -> None:
                 data = roll_out(check_env, snapshots[-1], args.noise)
                 returns.append(float(episode_returns(data["rews"]).mean()))
                 bar.set_postfix_str(f"return {returns[-1]:.1f}")
-            for name, column in roll_out(env, policy, args.noise).items():
+            explorer = policy if step >= warm_up else None
+            for name, column in roll_out(env, explorer, 2 * args.noise).items():
                 if name not in buffer:
                     buffer[name] = torch.empty(N, args.train_steps, *column.shape[2:])
                 buffer[name][:, step : step + column.shape[1]] = torch.from_numpy(column)
             step += num_envs * env.horizon
-            for _ in range(env.horizon):  # one update for every 100 transitions, as in OMAR
+            for _ in range(2 * env.horizon):  # two updates for every 100 transitions
                 update(step)
             bar.update(num_envs * env.horizon)
 
-    first_medium = int(np.argmax(np.array(returns) >= medium))
+    reached = int(np.argmax(np.array(returns) >= medium))
+    middle = min(range(reached + 1), key=lambda k: abs(returns[k] - medium))
     stages = {
-        "replay": sorted({round(k) for k in np.linspace(0, first_medium, 12)}),
-        "medium": [first_medium],
+        "replay": sorted({round(k) for k in np.linspace(0, middle, 12)}),
+        "medium": [middle],
         "expert": [len(returns) - 1],
     }
     arrays = {}
@@ -522,7 +526,7 @@ def train_behavior(args: Args) -> None:
     path = BEHAVIOR_DIR / f"{args.task}.npz"
     np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
     path.with_suffix(".tmp.npz").replace(path)
-    print(f"{path}: medium {returns[first_medium]:.1f}, expert {returns[-1]:.1f}, {step:,} steps")
+    print(f"{path}: medium {returns[middle]:.1f}, expert {returns[-1]:.1f}, {step:,} steps")
 
 
 def main(args: Args) -> None:

@@ -1,0 +1,185 @@
+"""Run a grid of trainings in a pool of worker processes and tabulate their results.
+
+    python benchmark/run.py --grid main        # the three tasks, four qualities, three seeds
+    python benchmark/run.py --grid sweep       # one setting at a time, around the defaults
+    python benchmark/run.py --grid sweep --dry-run          # only print the cells' commands
+
+A cell is one run of one script. A finished cell is never run again and a stopped one goes on from
+its checkpoint, so the same command continues a grid. Results go to benchmark/results/: <grid>.csv
+with a row per finished cell, <grid>_curves.csv with its evaluations, and <grid>.json with the
+machine. `benchmark/report.py` makes the README's tables and figures of them.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from om2p_mpe import MIXTURES, normalized_score  # noqa: E402
+
+TASKS = ("simple_spread", "simple_tag", "simple_world")
+QUALITIES = ("expert", "medium", "medium-replay", "random")
+
+
+def main_grid() -> list[dict]:
+    """OM2P with its defaults on every dataset, three seeds."""
+    return [
+        {"task": task, "quality": quality, "seed": seed}
+        for seed, task, quality in product(range(3), TASKS, QUALITIES)
+    ]
+
+
+def sweep_grid() -> list[dict]:
+    """One setting at a time away from the defaults, on one narrow and one broad dataset."""
+    values = {
+        "q-weight": (0, 0.25, 0.5, 1, 2, 4, 8),
+        "flow-ratio": (0, 0.25, 0.5, 0.75),
+        "time-alpha time-beta": ("0.3 1", "0.5 1", "1 1", "2 2"),
+        "delta": (0.001, 0.01, 0.05),
+        "derivative": ("finite-difference", "jvp"),
+        "hidden-dims": ("64 64", "128 128", "256 256"),
+    }
+    datasets = [("simple_spread", "medium"), ("simple_tag", "medium-replay")]
+    return [
+        {"task": task, "quality": quality, "seed": 0, "varied": name, "value": str(value)}
+        for (task, quality), name in product(datasets, values)
+        for value in values[name]
+    ]
+
+
+GRIDS = {"main": main_grid, "sweep": sweep_grid}
+
+
+@dataclass
+class Args:
+    grid: str = "main"
+    """main or sweep"""
+    workers: int = 2
+    """trainings at a time, one thread each"""
+    run_dir: Path = Path("runs/benchmark")
+    """where the runs go; keep it, and the grid continues"""
+    data_dir: Path = Path("data")
+    """folder of the datasets; what is missing is made"""
+    dry_run: bool = False
+    """print the commands and stop"""
+
+
+def command(cell: dict, args: Args) -> tuple[list[str], Path]:
+    """The cell's command line, and its run directory."""
+    words, name = [sys.executable, str(ROOT / "om2p_mpe.py")], "defaults"
+    words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
+    if "varied" in cell:
+        names, values = cell["varied"].split(), cell["value"].split()
+        name = "-".join([*names, *values])
+        if len(names) == len(values):
+            for option, value in zip(names, values, strict=True):
+                words += [f"--{option}", value]
+        else:
+            words += [f"--{names[0]}", *values]
+    run_dir = args.run_dir / args.grid / name
+    words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir), "--resume"]
+    return (
+        words,
+        run_dir / f"{cell['task']}-{cell['quality']}" / "om2p_mpe" / f"seed-{cell['seed']}",
+    )
+
+
+def data_return(data_dir: Path, task: str, quality: str, seed: int) -> float:
+    """Mean return of a dataset's episodes, mean over agents."""
+    total = 0.0
+    for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
+        folder = data_dir / task / part / f"seed_{seed}_data"
+        rewards = [np.load(path).astype(np.float64) for path in sorted(folder.glob("rews_*.npy"))]
+        rows = round(share * len(rewards[0]))
+        total += share * np.mean([reward[:rows].sum() / (rows / 25) for reward in rewards])
+    return total
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a csv file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
+    """The row of a finished cell, and its learning curve."""
+    with (folder / "metrics.csv").open() as file:
+        history = list(csv.DictReader(file))
+    task, final = cell["task"], float(np.load(folder / "final_returns.npy").mean())
+    data = data_return(args.data_dir, task, cell["quality"], cell["seed"])
+    row = {
+        **cell,
+        "return": round(final, 2),
+        "data_return": round(data, 2),
+        "score": round(normalized_score(task, final), 2),
+        "data_score": round(normalized_score(task, data), 2),
+        "best_score": round(max(float(row["score"]) for row in history), 2),
+        "updates": history[-1]["step"],
+        "seconds": round(float(history[-1]["seconds"])),
+    }
+    curve = [
+        {**cell, "step": step["step"], "score": round(float(step["score"]), 2)} for step in history
+    ]
+    return row, curve
+
+
+def main(args: Args) -> None:
+    """Run what is not finished, and write the table after every cell."""
+    cells = GRIDS[args.grid]()
+    if args.dry_run:
+        print("\n".join(" ".join(command(cell, args)[0]) for cell in cells))
+        return
+    results = ROOT / "benchmark" / "results"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(cell: dict) -> tuple[dict, list[dict]]:
+        words, folder = command(cell, args)
+        if not (folder / "final_returns.npy").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log.txt").open("a") as log:
+                subprocess.run(words, env=environment, stdout=log, stderr=log, check=True)
+        return result(cell, folder, args)
+
+    for task, quality, seed in {(c["task"], c["quality"], c["seed"]) for c in cells}:
+        if not (args.data_dir / task / quality / f"seed_{seed}_data").is_dir():
+            collect = [sys.executable, str(ROOT / "data" / "collect_mpe.py"), "--task", task]
+            collect += ["--quality", quality, "--seed", str(seed), "--data-dir", str(args.data_dir)]
+            subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
+    done = {}
+    with ThreadPoolExecutor(args.workers) as pool:
+        jobs = {pool.submit(run, cell): k for k, cell in enumerate(cells)}
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
+            done[jobs[job]] = job.result()
+            finished = [done[k] for k in sorted(done)]
+            write_table(results / f"{args.grid}.csv", [row for row, _ in finished])
+            write_table(
+                results / f"{args.grid}_curves.csv", [point for _, c in finished for point in c]
+            )
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "workers": args.workers,
+        "threads per worker": 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    (results / f"{args.grid}.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,83 @@
+"""Shared by all tests: one thread, the repository's scripts importable, and tiny datasets."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+torch.set_num_threads(1)
+
+
+def write_prey(folder: Path, obs_dim: int, seed: int = 0) -> Path:
+    """Write a random prey in this project's format, folder/prey.npz."""
+    rng, sizes = np.random.default_rng(seed), (obs_dim, 8, 8, 2)
+    arrays = {f"bias_{k}": rng.normal(size=sizes[k + 1]) for k in range(3)}
+    arrays |= {f"weight_{k}": rng.normal(size=sizes[k : k + 2]) for k in range(3)}
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "prey.npz", **arrays)
+    return folder / "prey.npz"
+
+
+class Code:
+    """What a hostile file may contain: an object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def refusal(function, *args):
+    """Check that a call ends the program with an error in one line, and return that line."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    message = stop.value.code
+    assert isinstance(message, str), f"a message, not the exit status {message}"
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    """A function that writes a tiny dataset in OMAR's layout: random actions in the real MPE.
+
+    make_data(folder, task, quality, transitions, seed) fills folder/<task>/<quality>/
+    seed_<seed>_data/, where folder is a --data-dir, and adds a random prey where the task needs
+    one. It returns the float32 arrays (3, T, ...) under the files' names: obs, acs, rews, ...
+    """
+    import om2p_mpe
+
+    def write(folder, task="simple_spread", quality="expert", transitions=500, seed=0):
+        folder, seeds = Path(folder) / task, [seed, *quality.encode()]
+        env = om2p_mpe.MPE(task, -(-transitions // om2p_mpe.MPE.horizon), seeds)
+        rng = np.random.default_rng(seeds)
+        if task != "simple_spread":
+            path = write_prey(folder, env.observe([3]).shape[-1])
+            env.prey_policy = om2p_mpe.load_prey(path)
+        obs, rows = env.reset(), []
+        for _ in range(env.horizon):
+            action = rng.uniform(-1, 1, (3, env.num_episodes, 2))
+            next_obs, reward = env.step(action)
+            rows.append((obs, action, reward, next_obs, np.zeros_like(reward)))
+            obs = next_obs
+        data = {}
+        names = ("obs", "acs", "rews", "next_obs", "dones")
+        for name, column in zip(names, zip(*rows, strict=True), strict=True):
+            column = np.stack(column, axis=2)  # (3, K, 25, ...)
+            column = column.reshape(3, -1, *column.shape[3:])[:, :transitions]
+            data[name] = column.astype(np.float32)
+        seed_folder = folder / quality / f"seed_{seed}_data"
+        seed_folder.mkdir(parents=True)
+        for name, column in data.items():
+            for i, values in enumerate(column):
+                np.save(seed_folder / f"{name}_{i}.npy", values)
+        return data
+
+    return write

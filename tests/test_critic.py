@@ -1,0 +1,90 @@
+"""Temporal-difference targets and the Q term of the policy's loss."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from om2p_mpe import Args, Critic, MeanFlowPolicy, critic_loss, policy_loss
+
+N, B, GAMMA = 2, 4, 0.9
+
+
+def make_batch() -> dict:
+    """Random transitions, every other one terminal; observations and actions of two numbers."""
+    torch.manual_seed(0)
+    obs, next_obs = torch.randn(2, N, B, 2)
+    action, reward = 2 * torch.rand(N, B, 2) - 1, torch.randn(N, B)
+    done = torch.tensor([0.0, 1.0]).repeat(N, B // 2)
+    return {"obs": obs, "action": action, "reward": reward, "next_obs": next_obs, "done": done}
+
+
+def make_critic(obs, action):
+    """A hand-made pair of critics: (N, B, 2), (N, B, 2) -> (2, N, B)."""
+    return torch.stack([obs[..., 0] + 2 * action[..., 1], 3 * obs[..., 1] - action[..., 0]])
+
+
+def test_target_by_hand():
+    """y = r + gamma (1 - done) mean_k Q'_k(o', a'); batch mean, sum over critics and agents."""
+    batch = make_batch()
+    policy = SimpleNamespace(act=lambda obs: obs.tanh())
+    q = torch.full((2, 1, 1), 0.5).expand(2, N, B).clone()
+    q[1] = -1.0
+    loss, mean_q = critic_loss(lambda obs, action: q, make_critic, policy, batch, GAMMA)
+
+    expected = 0.0
+    for i in range(N):
+        for k in range(B):
+            o = batch["next_obs"][i, k]
+            a = o.tanh()
+            next_q = ((o[0] + 2 * a[1]) + (3 * o[1] - a[0])) / 2
+            y = batch["reward"][i, k] + (0.0 if k % 2 else GAMMA * next_q)
+            expected += ((0.5 - y) ** 2 + (-1.0 - y) ** 2) / B
+    torch.testing.assert_close(loss, expected)
+    assert mean_q == -0.25
+
+
+def test_only_the_critic_gets_a_gradient():
+    """Neither the target critic nor the policy is moved by the critic's loss."""
+    batch = make_batch()
+    policy, critic = MeanFlowPolicy(N, 2, 2, (16,)), Critic(N, 2, 2, (16,))
+    target_critic = Critic(N, 2, 2, (16,))
+    critic_loss(critic, target_critic, policy, batch, GAMMA)[0].backward()
+    assert all(parameter.grad is None for parameter in target_critic.parameters())
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    assert all(parameter.grad.abs().max() > 0 for parameter in critic.parameters())
+
+
+def policy_gradient(critic, q_weight: float) -> torch.Tensor:
+    """Gradient of policy_loss, one long vector, with always the same draws."""
+    torch.manual_seed(1)
+    policy = MeanFlowPolicy(N, 2, 2, (16,))
+    policy_loss(policy, critic, make_batch(), Args(q_weight=q_weight))[0].backward()
+    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1e3])
+def test_q_term_is_normalised(factor):
+    """The scale of Q does not change the policy's gradient, its sign and its weight do."""
+    gradient = policy_gradient(make_critic, 2.0)
+    scaled = policy_gradient(lambda *inputs: factor * make_critic(*inputs), 2.0)
+    torch.testing.assert_close(scaled, gradient, rtol=1e-4, atol=1e-6)
+
+    flow = policy_gradient(make_critic, 0.0)
+    assert (gradient - flow).norm() > 0.1 * flow.norm()
+    doubled = policy_gradient(make_critic, 4.0)
+    torch.testing.assert_close(doubled - flow, 2 * (gradient - flow), rtol=1e-3, atol=1e-5)
+    negated = policy_gradient(lambda *inputs: -make_critic(*inputs), 2.0)
+    torch.testing.assert_close(negated - flow, flow - gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_policy_loss_by_hand():
+    """L = L_meanflow - q_weight sum_i E[Q_i] / E|Q_i|, Q the mean of the two critics."""
+    torch.manual_seed(1)
+    policy, batch = MeanFlowPolicy(N, 2, 2, (16,)), make_batch()
+    values = torch.linspace(-1, 2, 2 * N * B).view(2, N, B)
+    loss, flow, q_term = policy_loss(policy, lambda *_: values, batch, Args(q_weight=3.0))
+    q = (values[0] + values[1]) / 2
+    expected = sum(agent.sum() / agent.abs().sum() for agent in q)
+    torch.testing.assert_close(q_term, expected)
+    torch.testing.assert_close(loss, flow - 3.0 * expected)

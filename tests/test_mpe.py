@@ -1,0 +1,365 @@
+"""The particle environments against OMAR's recorded episodes and against PettingZoo's mpe2.
+
+Compared with mpe2, for the same states: sizes, speed limits, constants of the physics and who
+collides; contact forces; the update of velocities (damping, force, speed limit); whole episodes of
+its World; observations of all agents; contacts, as its rewards count them; initial positions.
+
+Different on purpose, as in OMAR's fork, and bridged here: positions move by the new velocity (mpe2:
+by the old one), forces are 5, 9 and 16 times the action (mpe2's World is given the force itself),
+and of the rewards only the counts of contacts are common: OMAR's simple_spread pays the inverse
+distance and 5 for a collision, and its hunters share -0.1 times the sum of all their distances.
+mpe2's simple_world_comm has a leader who speaks and hidden agents: with leaders only nobody hides,
+and the four channels at the end of an observation are cut off.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mpe2.simple_spread.simple_spread import Scenario as Spread
+from mpe2.simple_tag.simple_tag import Scenario as Tag
+from mpe2.simple_world_comm.simple_world_comm import Scenario as World
+from numpy.testing import assert_allclose, assert_array_equal
+
+from om2p_mpe import MPE, evaluate, normalized_score
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+TASKS = ("simple_spread", "simple_tag", "simple_world")
+OBS_DIM = {"simple_spread": 18, "simple_tag": 16, "simple_world": 24}
+SCENARIOS = {
+    "simple_spread": (Spread, ()),
+    "simple_tag": (Tag, (1, 3, 2)),
+    "simple_world": (World, (1, 3, 1, 2, 2)),
+}
+CHANNELS = {"simple_spread": 0, "simple_tag": 0, "simple_world": 4}
+
+all_tasks = pytest.mark.parametrize("task", TASKS)
+
+
+def flee(obs):
+    """A prey without randomness: away from where the origin is, with a turn."""
+    return np.tanh(obs[..., 2:4] + obs[..., 3:1:-1])
+
+
+def make_env(task, num_episodes, seed=0):
+    """An environment with a prey, if it needs one, that is a function of its observation."""
+    return MPE(task, num_episodes, seed, None if task == "simple_spread" else flee)
+
+
+def crowd(task, num_episodes=40, spread=0.4, seed=0):
+    """An environment full of contacts, in motion and partly above the speed limits."""
+    env, rng = make_env(task, num_episodes, seed), np.random.default_rng(seed)
+    env.pos, env.vel = spread * env.pos, rng.normal(0, 1, env.vel.shape)
+    env.landmarks = spread * env.landmarks
+    return env
+
+
+# Golden trajectories
+
+
+def test_golden_files_are_all_here():
+    """Two recordings of every task."""
+    names = [f"{task}{kind}" for task in TASKS for kind in ("", "_stress")]
+    assert [path.stem for path in GOLDEN] == names
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_trajectory(path):
+    """Started from OMAR's states and driven by its actions, all that it recorded comes back."""
+    gold, prey_obs = np.load(path), []
+
+    def prey(obs):
+        prey_obs.append(obs[0])
+        return gold["actions_3"][None, :, len(prey_obs) - 1]
+
+    prey_policy = prey if "actions_3" in gold else None
+    env = MPE(path.stem.removesuffix("_stress"), len(gold["rewards"]), prey_policy=prey_policy)
+    env.pos, env.vel = gold["init_pos_agents"].copy(), gold["init_vel_agents"].copy()
+    env.landmarks = gold["init_pos_landmarks"].copy()
+    obs = env.observe(range(3))
+    for t in range(env.horizon + 1):
+        assert_allclose(env.pos, gold["pos_agents"][:, t], rtol=0, atol=1e-9)
+        assert_allclose(env.vel, gold["vel_agents"][:, t], rtol=0, atol=1e-9)
+        for i in range(3):
+            assert_allclose(obs[i], gold[f"obs_{i}"][:, t], rtol=0, atol=1e-6)
+        if t < env.horizon:
+            obs, reward = env.step(np.stack([gold[f"actions_{i}"][:, t] for i in range(3)]))
+            assert_allclose(reward.T, gold["rewards"][:, t, :3], rtol=0, atol=1e-9)
+    if prey_policy:
+        assert_allclose(np.stack(prey_obs, axis=1), gold["obs_3"][:, :-1], rtol=0, atol=1e-6)
+
+
+# mpe2
+
+
+def mpe2_world(task):
+    """mpe2's scenario and world of a task, with simple_world's agents silent and all leaders."""
+    scenario, sizes = SCENARIOS[task]
+    scenario = scenario()
+    world = scenario.make_world(*sizes)
+    scenario.reset_world(world, np.random.default_rng(0))
+    for agent in world.agents:
+        agent.silent, agent.leader = True, True
+    return scenario, world
+
+
+def copy_state(env, k, world):
+    """Put mpe2's world into the state of episode k; copies, because mpe2 adds in place."""
+    for i, agent in enumerate(world.agents):
+        agent.state.p_pos, agent.state.p_vel = env.pos[k, i].copy(), env.vel[k, i].copy()
+    for landmark, pos in zip(world.landmarks, env.landmarks[k], strict=True):
+        landmark.state.p_pos = pos.copy()
+
+
+def step_mpe2(env, k, world, action):
+    """One step of mpe2's world under the forces that episode k's actions (A, 2) stand for."""
+    for agent, gain, u in zip(world.agents, env.gain, action, strict=True):
+        agent.action.u = gain * u
+    world.step()
+
+
+def state_of(world):
+    """Positions and velocities of mpe2's agents, (A, 2) each."""
+    states = [agent.state for agent in world.agents]
+    return np.stack([s.p_pos for s in states]), np.stack([s.p_vel for s in states])
+
+
+def with_prey(env, action):
+    """The learners' actions and the prey's: (3, K, 2) -> (K, A, 2)."""
+    if env.prey_policy is not None:
+        action = np.concatenate([action, env.prey_policy(env.observe([3]))])
+    return action.transpose(1, 0, 2)
+
+
+@all_tasks
+def test_constants_are_mpe2s(task):
+    """Sizes, speed limits, who collides, time step, damping, stiffness; gains are accel squared."""
+    env, (_, world) = make_env(task, 1), mpe2_world(task)
+    assert_array_equal(env.size, [agent.size for agent in world.agents])
+    assert_array_equal(env.max_speed, [agent.max_speed or np.inf for agent in world.agents])
+    assert_array_equal(env.landmark_size, [landmark.size for landmark in world.landmarks])
+    solid = [k for k, landmark in enumerate(world.landmarks) if landmark.collide]
+    assert_array_equal(env.solid, solid)
+    assert (env.dt, env.damping) == (world.dt, world.damping)
+    assert (env.stiffness, env.softness) == (world.contact_force, world.contact_margin)
+    gains = [agent.accel**2 if agent.accel else 5 for agent in world.agents]
+    assert_array_equal(env.gain, gains)
+
+
+@all_tasks
+def test_contact_forces_are_mpe2s(task):
+    """Every pair of bodies repels each other as in mpe2, deep in contact and just touching."""
+    env, (_, world) = crowd(task), mpe2_world(task)
+    force = env.contact_force()
+    assert (np.abs(force) > 0.1).mean() > 0.3
+    for k in range(env.num_episodes):
+        copy_state(env, k, world)
+        expected = world.apply_environment_force([0.0] * len(world.entities))
+        assert_allclose(force[k], expected[: len(world.agents)], rtol=1e-9, atol=1e-12)
+
+
+@all_tasks
+def test_one_step_of_mpe2(task):
+    """mpe2's own step gives our velocities; its positions lag, as they move by the old ones."""
+    env, (_, world) = crowd(task), mpe2_world(task)
+    action = np.random.default_rng(1).uniform(-1, 1, (3, env.num_episodes, 2))
+    before, everyone = SimpleNamespace(pos=env.pos, vel=env.vel), with_prey(env, action)
+    landmarks = env.landmarks
+    env.step(action)
+    start = SimpleNamespace(pos=before.pos, vel=before.vel, landmarks=landmarks, gain=env.gain)
+    for k in range(env.num_episodes):
+        copy_state(start, k, world)
+        step_mpe2(start, k, world, everyone[k])
+        pos, vel = state_of(world)
+        assert_allclose(env.vel[k], vel, rtol=0, atol=1e-12)
+        assert_allclose(pos, before.pos[k] + before.vel[k] * env.dt, rtol=0, atol=1e-12)
+        assert_allclose(env.pos[k], before.pos[k] + vel * env.dt, rtol=0, atol=1e-12)
+    if task != "simple_spread":
+        assert_allclose(np.linalg.norm(env.vel, axis=-1).max(axis=0), env.max_speed, atol=1e-12)
+
+
+@all_tasks
+def test_whole_episodes_of_mpe2(task):
+    """25 steps of mpe2's World, told to move by the new velocity: states, observations, rewards."""
+    env, (scenario, world) = crowd(task, num_episodes=6), mpe2_world(task)
+    rng, integrate = np.random.default_rng(2), world.integrate_state
+
+    def velocity_first(force):
+        before = [agent.state.p_pos.copy() for agent in world.agents]
+        integrate(force)
+        for agent, pos in zip(world.agents, before, strict=True):
+            agent.state.p_pos = pos + agent.state.p_vel * world.dt
+
+    world.integrate_state = velocity_first
+    actions, records = rng.uniform(-1, 1, (env.horizon, 3, env.num_episodes, 2)), []
+    first = SimpleNamespace(pos=env.pos, vel=env.vel, landmarks=env.landmarks, gain=env.gain)
+    for action in actions:
+        everyone = with_prey(env, action)
+        _, reward = env.step(action)
+        records.append((everyone, env.pos, env.vel, env.observe(range(3)), reward))
+    for k in range(env.num_episodes):
+        copy_state(first, k, world)
+        for everyone, pos, vel, obs, reward in records:
+            step_mpe2(first, k, world, everyone[k])
+            assert_allclose(state_of(world), (pos[k], vel[k]), rtol=0, atol=1e-9)
+            for i, agent in enumerate(world.agents[:3]):
+                expected = scenario.observation(agent, world)
+                expected = expected[: len(expected) - CHANNELS[task]]
+                assert_allclose(obs[i, k], expected, rtol=0, atol=1e-6)
+                assert reward[i, k] == pytest.approx(omar_reward(task, scenario, world, agent))
+
+
+def omar_reward(task, scenario, world, agent):
+    """OMAR's reward with mpe2's count of contacts; see the top of this file."""
+    points = np.stack([entity.state.p_pos for entity in world.entities])
+    if task == "simple_spread":
+        gap = np.linalg.norm(points[3:, None] - points[:3], axis=-1).min(axis=-1)
+        return np.minimum(1 / gap, 10).sum() + 5 * scenario.reward(agent, world)
+    contacts = sum(scenario.benchmark_data(hunter, world) for hunter in world.agents[:3])
+    gap = np.linalg.norm(points[:3] - points[3], axis=-1).sum()
+    return {"simple_tag": 10, "simple_world": 5}[task] * contacts - 0.1 * gap
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_prey_observes_as_in_mpe2(task):
+    """The prey's observation has mpe2's layout, without the hunters' velocities."""
+    env, (scenario, world) = crowd(task), mpe2_world(task)
+    obs = env.observe([3])
+    assert obs.shape == (1, env.num_episodes, OBS_DIM[task] - 2)
+    for k in range(env.num_episodes):
+        copy_state(env, k, world)
+        expected = scenario.observation(world.agents[3], world)
+        expected = expected[: len(expected) - CHANNELS[task]]
+        assert_allclose(obs[0, k], expected, rtol=0, atol=1e-6)
+
+
+@all_tasks
+def test_initial_states_are_distributed_as_in_mpe2(task):
+    """Everything starts at rest and uniformly, landmarks of tag and world in a smaller square."""
+    env, (scenario, world) = make_env(task, 2_000), mpe2_world(task)
+    rng, agents, landmarks = np.random.default_rng(0), [], []
+    for _ in range(1_000):
+        scenario.reset_world(world, rng)
+        agents.append([agent.state.p_pos for agent in world.agents])
+        landmarks.append([landmark.state.p_pos for landmark in world.landmarks])
+    assert not env.vel.any()
+    levels = np.linspace(0, 1, 9)
+    for ours, theirs in ((env.pos, np.array(agents)), (env.landmarks, np.array(landmarks))):
+        assert ours.shape[1:] == theirs.shape[1:]
+        ours, theirs = (np.quantile(x, levels, axis=0) for x in (ours, theirs))
+        assert_allclose(ours, theirs, rtol=0, atol=0.12)
+        assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), abs=0.005)
+
+
+# The contract
+
+
+@all_tasks
+def test_shapes_and_types(task):
+    """What the scripts rely on: names, shapes, float32 observations, float64 states."""
+    env = make_env(task, 7)
+    assert (env.num_agents, env.horizon, tuple(env.action_dims)) == (3, 25, (2, 2, 2))
+    assert tuple(env.obs_dims) == (OBS_DIM[task],) * 3
+    obs = env.reset(0)
+    next_obs, reward = env.step(np.zeros((3, 7, 2), np.float32))
+    assert obs.shape == next_obs.shape == (3, 7, OBS_DIM[task])
+    assert obs.dtype == next_obs.dtype == np.float32
+    assert reward.shape == (3, 7)
+    assert env.pos.dtype == env.vel.dtype == env.landmarks.dtype == np.float64
+
+
+@all_tasks
+def test_reset_repeats_with_its_seed(task):
+    """A seed gives one sequence of initial states, whatever was played before."""
+    env = make_env(task, 5, seed=3)
+    first = env.observe(range(3))
+    second = env.reset()
+    assert_array_equal(env.reset(3), first)
+    assert_array_equal(env.reset(), second)
+    assert not np.allclose(first, second)
+    assert not np.allclose(env.reset(4), first)
+
+
+@all_tasks
+def test_episodes_at_once_equal_episodes_alone(task):
+    """K episodes in one environment are K environments of one episode."""
+    env, rng = crowd(task, num_episodes=5), np.random.default_rng(1)
+    alone = [make_env(task, 1) for _ in range(5)]
+    for k, single in enumerate(alone):
+        single.pos, single.vel = env.pos[k : k + 1], env.vel[k : k + 1]
+        single.landmarks = env.landmarks[k : k + 1]
+    for _ in range(env.horizon):
+        action = rng.uniform(-1, 1, (3, 5, 2))
+        obs, reward = env.step(action)
+        for k, single in enumerate(alone):
+            one_obs, one_reward = single.step(action[:, k : k + 1])
+            assert_allclose(obs[:, k : k + 1], one_obs, rtol=0, atol=1e-6)
+            assert_allclose(reward[:, k : k + 1], one_reward, rtol=0, atol=1e-9)
+
+
+@all_tasks
+def test_episodes_do_not_touch_each_other(task):
+    """Moving everything in one episode changes that episode and no other."""
+    one, two = crowd(task), crowd(task)
+    two.pos, two.vel, two.landmarks = two.pos.copy(), two.vel.copy(), two.landmarks.copy()
+    for state in (two.pos, two.vel, two.landmarks):
+        state[7] += 0.3
+    action = np.random.default_rng(1).uniform(-1, 1, (3, one.num_episodes, 2))
+    changed = [one.step(action)[0] != two.step(action)[0] for _ in range(5)]
+    changed = np.any(changed, axis=(0, 1, 3))
+    assert changed[7]
+    assert changed.sum() == 1
+
+
+@all_tasks
+def test_step_leaves_its_inputs_alone(task):
+    """Neither an injected state nor the actions are written to."""
+    env = crowd(task)
+    action = np.random.default_rng(1).uniform(-1, 1, (3, env.num_episodes, 2))
+    inputs = (env.pos, env.vel, env.landmarks, action)
+    copies = [array.copy() for array in inputs]
+    env.step(action)
+    assert not np.array_equal(env.pos, copies[0])
+    for array, copy in zip(inputs, copies, strict=True):
+        assert_array_equal(array, copy)
+
+
+@all_tasks
+def test_everybody_in_one_place(task):
+    """Coincident bodies push nobody and divide by no zero; a covered target pays 10 a step."""
+    env = make_env(task, 2)
+    env.pos, env.landmarks = np.zeros_like(env.pos), np.zeros_like(env.landmarks)
+    with np.errstate(all="raise", under="ignore"):
+        obs, reward = env.step(np.zeros((3, 2, 2)))
+    assert np.isfinite(obs).all()
+    expected = {"simple_spread": 30 - 10, "simple_tag": 30, "simple_world": 15}[task]
+    assert_allclose(reward, np.full((3, 2), expected))
+
+
+# Returns
+
+
+def test_random_policy_on_simple_spread():
+    """Uniform actions return 160.7 with sd 60.8, as measured in OMAR's own environment."""
+    policy = SimpleNamespace(act=lambda obs: 2 * torch.rand(*obs.shape[:-1], 2) - 1)
+    returns = evaluate(policy, MPE("simple_spread", 4_000), seed=0)
+    assert returns.shape == (4_000,)
+    assert abs(returns.mean() - 160.7) < 3 * 60.8 / 4_000**0.5
+    assert returns.std() == pytest.approx(60.8, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("task", "random", "expert"),
+    [
+        ("simple_spread", 159.8, 516.8),
+        ("simple_tag", -4.1, 185.6),
+        ("simple_world", -6.8, 79.5),
+    ],
+)
+def test_normalized_score(task, random, expert):
+    """0 for the public random data, 100 for the public expert data, linear in between."""
+    assert normalized_score(task, random) == pytest.approx(0)
+    assert normalized_score(task, expert) == pytest.approx(100)
+    assert normalized_score(task, np.array([(random + expert) / 2])) == pytest.approx([50])

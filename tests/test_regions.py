@@ -1,0 +1,156 @@
+"""The regions that the standalone scripts share, and that the scripts do stand alone."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PATTERNS = ("om2p_*.py", "baselines/*.py", "data/collect_*.py")
+SCRIPTS = [path.relative_to(ROOT) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+FRAME = {"args", "dataset", "evaluate", "save", "setup", "loop"}
+EXPECTED = {  # exactly these; a baseline has FRAME and its suite's environment, and may have more
+    "om2p_mpe": FRAME | {"networks", "om2p", "mpe"},
+    "om2p_mamujoco": FRAME | {"networks", "om2p", "mamujoco"},
+    "collect_mpe": {"networks", "mpe"},
+    "collect_mamujoco": {"networks", "mamujoco"},
+}
+
+
+def load_tool():
+    """Import tools/sync_regions.py."""
+    spec = importlib.util.spec_from_file_location("sync_regions", ROOT / "tools/sync_regions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def regions_of(script: Path) -> set[str]:
+    """Names of a script's regions."""
+    return set(load_tool().find_regions((ROOT / script).read_text().splitlines(keepends=True)))
+
+
+def run(root: Path, *options: str) -> tuple[int, str]:
+    """Run the tool of the tree under `root`; exit status and output."""
+    command = [sys.executable, root / "tools/sync_regions.py", *options]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert not process.stderr
+    return process.returncode, process.stdout
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the tool and the scripts."""
+    for path in (Path("tools/sync_regions.py"), *SCRIPTS):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    return tmp_path
+
+
+def test_repository_is_in_sync():
+    """The repository's own copies agree."""
+    assert run(ROOT) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_expected_regions(script):
+    """Each script has the regions that its algorithm and suite ask for."""
+    if script.parent == Path("baselines"):
+        assert regions_of(script) >= FRAME | {script.stem.split("_")[-1]}
+    else:
+        assert regions_of(script) == EXPECTED[script.stem]
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.parent != Path()], ids=str)
+def test_regions_are_shared(script):
+    """A region of a baseline or collector occurs in another script too: else it is none."""
+    others = set().union(*(regions_of(other) for other in SCRIPTS if other != script))
+    assert regions_of(script) <= others
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_scripts_stand_alone(script):
+    """No script imports anything from the repository, or by a relative import."""
+    folders = ("", "baselines", "benchmark", "data", "tests", "tools")
+    own = {path.stem for folder in folders for path in (ROOT / folder).glob("*.py")} | {*folders}
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}"
+            names = [node.module]
+        else:
+            continue
+        assert not {name.split(".")[0] for name in names} & own, f"line {node.lineno}"
+
+
+def test_changed_copy_is_named_and_fixed(tree):
+    """A copy that drifts is reported with file, line and region, and --fix restores it."""
+    copy = tree / "data/collect_mpe.py"
+    intact = copy.read_text()
+    changed = intact.replace("class Critic(", "class Judge(", 1)
+    assert changed != intact
+    copy.write_text(changed)
+    line = changed[: changed.index("class Judge(")].count("\n") + 1
+
+    status, output = run(tree)
+    assert status == 1
+    assert output.startswith(
+        f"data/collect_mpe.py:{line}: region networks differs from om2p_mpe.py"
+    )
+    assert copy.read_text() == changed
+
+    status, output = run(tree, "--fix")
+    assert (status, output.count("fixed")) == (0, 1)
+    assert copy.read_text() == intact
+    assert run(tree) == (0, "")
+
+
+def test_owner_is_the_first_script(tree):
+    """A change in om2p_mpe.py flows to the copies: indented regions and added lines too."""
+    owner, copy = tree / "om2p_mpe.py", tree / "baselines/copy_mpe.py"
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copy(owner, copy)
+    text = owner.read_text()
+    for name in ("args", "networks", "loop"):
+        start = next(line for line in text.splitlines() if line.strip() == f"# region {name}")
+        text = text.replace(start + "\n", f"{start}\n{start.replace('region', 'new line')}\n")
+    owner.write_text(text)
+
+    status, output = run(tree)
+    assert status == 1
+    assert {line.split(":")[0] for line in output.splitlines()} > {"baselines/copy_mpe.py"}
+    assert all(f"region {name} differs" in output for name in ("args", "networks", "loop"))
+    assert run(tree, "--fix")[0] == 0
+    assert copy.read_text() == text == owner.read_text()
+    assert run(tree) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("# region a\n", "line 1: region a does not end"),
+        ("x = 1\n# endregion a\n", "line 2: endregion a, but None is open"),
+        (
+            "# region a\n# region b\n# endregion b\n# endregion a\n",
+            "line 2: region b starts inside",
+        ),
+        ("# region a\n# endregion b\n", "line 2: endregion b, but a is open"),
+        ("# region a\n# endregion a\n# region a\n# endregion a\n", "line 3: region a starts a sec"),
+    ],
+)
+def test_unbalanced_markers(tree, lines, problem):
+    """Markers without their counterpart are an error, and then --fix touches nothing."""
+    (tree / "om2p_mamujoco.py").write_text(lines)
+    copy = tree / "data/collect_mpe.py"
+    copy.write_text(copy.read_text().replace("class Critic(", "class Judge(", 1))
+    changed = copy.read_text()
+    for options in ((), ("--fix",)):
+        status, output = run(tree, *options)
+        assert status == 1
+        assert output.startswith(f"om2p_mamujoco.py: {problem}")
+    assert copy.read_text() == changed

@@ -1,0 +1,351 @@
+"""Every script alone: what it prints, writes and refuses, and how it goes on after a stop.
+
+A script is copied into an empty folder. One run a script is a process of its own, `python -I`; the
+rest happens in this process, where a second run costs a tenth of a second instead of three.
+"""
+
+import ast
+import csv
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Code, refusal
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = sorted(ROOT.glob("om2p_*.py")) + sorted((ROOT / "baselines").glob("*.py"))
+TASKS = {"mpe": "simple_spread"}  # by the end of a script's name
+TINY = {"num_updates": 6, "eval_interval": 3, "eval_episodes": 4, "batch_size": 16}
+TINY |= {"hidden_dims": (16, 16), "device": "cpu"}
+
+
+def flags(**settings):
+    """Settings as a command line."""
+    line = []
+    for key, value in settings.items():
+        value = value if isinstance(value, tuple) else (value,)
+        line += [f"--{key.replace('_', '-')}", *map(str, value)]
+    return line
+
+
+def copy_alone(path, folder):
+    """Copy a script into a new folder."""
+    folder.mkdir()
+    (folder / path.name).write_bytes(path.read_bytes())
+    return folder / path.name
+
+
+def python(script, *line):
+    """Run a script by itself, isolated from this repository and from the user's packages."""
+    command = [sys.executable, "-I", script.name, *line]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=script.parent, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    """A data folder with a tiny dataset of every suite's task."""
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder, TASKS["mpe"])
+    return folder
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda path: path.stem)
+def script(request, tmp_path_factory):
+    """The path of a script copied alone into a folder, and the task it is tested on."""
+    path = copy_alone(request.param, tmp_path_factory.mktemp("script") / "alone")
+    return SimpleNamespace(path=path, task=TASKS[path.stem.rsplit("_", 1)[1]])
+
+
+@pytest.fixture(scope="module")
+def run(script, data):
+    """The one run of a script in its own process: the process and the run directory."""
+    line = flags(task=script.task, quality="expert", data_dir=data, **TINY)
+    process = python(script.path, *line)
+    assert process.returncode == 0, process.stderr
+    folder = script.path.parent / "runs" / f"{script.task}-expert" / script.path.stem / "seed-0"
+    return SimpleNamespace(process=process, folder=folder)
+
+
+@pytest.fixture
+def train(script, data, tmp_path):
+    """A function that trains in this process, in tmp_path/runs, with changes to the tiny settings.
+
+    Attributes: `module`, the script; `folder`, the run directory.
+    """
+    spec = importlib.util.spec_from_file_location(script.path.stem, script.path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def function(**changes):
+        settings = {"task": script.task, "data_dir": data, "run_dir": tmp_path / "runs"}
+        torch.manual_seed(99)  # whatever the state was, the run's own seed decides
+        return module.train(module.Args(**settings | TINY | changes))
+
+    function.module = module
+    function.folder = tmp_path / "runs" / f"{script.task}-expert" / script.path.stem / "seed-0"
+    return function
+
+
+def weights(folder):
+    """The policy that a run has saved."""
+    return torch.load(folder / "policy.pt", weights_only=True)
+
+
+def metrics(folder):
+    """The rows of metrics.csv without the column that differs from run to run."""
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def same(one, two):
+    """Whether two state dictionaries are equal bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+# Help
+
+
+def documented_fields(source):
+    """The fields of Args and the docstrings below them: {name: docstring or None}."""
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    body = next(node for node in classes if node.name == "Args").body
+    fields = {}
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            fields[node.target.id] = below.value.value if is_text else None
+    return fields
+
+
+def cli(monkeypatch, script, *line):
+    """Run a script's command line in this process; its exit status."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(script.path.parent)
+    monkeypatch.setattr(sys, "argv", [script.path.name, *line])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script.path.name, run_name="__main__")
+    return stop.value.code
+
+
+def test_help_documents_every_setting(script, monkeypatch, capsys):
+    """Every field of Args has a docstring in the house style, and --help prints it."""
+    fields = documented_fields(script.path.read_text())
+    assert cli(monkeypatch, script, "--help") == 0
+    shown = re.sub(r"[│\s]", "", capsys.readouterr().out)
+    assert {"task", "quality", "seed", "device", "resume", "num_updates"} <= fields.keys()
+    for name, text in fields.items():
+        assert text, f"{name} has no docstring"
+        assert not text.endswith("."), name
+        assert f"--{name.replace('_', '-')}" in shown
+        assert re.sub(r"\s", "", text) in shown, name
+
+
+# Outputs
+
+
+def test_outputs(run, script):
+    """A run writes its settings, its source, curves, returns, policy and checkpoint, no more."""
+    settings = json.loads((run.folder / "args.json").read_text())
+    assert settings.keys() == documented_fields(script.path.read_text()).keys()
+    assert (settings["num_updates"], settings["hidden_dims"]) == (6, [16, 16])
+    assert (run.folder / script.path.name).read_bytes() == script.path.read_bytes()
+    assert {path.name for path in script.path.parent.iterdir()} == {script.path.name, "runs"}
+
+    returns, rows = np.load(run.folder / "final_returns.npy"), metrics(run.folder)
+    assert returns.shape == (4,)
+    assert len(set(returns)) == 4
+    assert [row["step"] for row in rows] == ["3", "6"]
+    assert float(rows[-1]["return"]) == pytest.approx(returns.mean())
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+
+    events = EventAccumulator(str(run.folder)).Reload()
+    for tag, column in (("charts/return", "return"), ("charts/normalized_score", "score")):
+        assert [event.step for event in events.Scalars(tag)] == [3, 6]
+        shown = [event.value for event in events.Scalars(tag)]
+        assert shown == pytest.approx([float(row[column]) for row in rows], rel=1e-5)
+    assert any(tag.startswith("losses/") for tag in events.Tags()["scalars"])
+
+    names = {path.name.split(".")[0] for path in run.folder.iterdir()}
+    files = {"args", script.path.stem, "metrics", "final_returns", "policy", "checkpoint"}
+    assert names == files | {"events"}
+
+
+def test_last_line(run):
+    """The run ends with its return and score; warnings and progress bars stay out of files."""
+    rows = metrics(run.folder)
+    last = run.process.stdout.strip().splitlines()[-1]
+    assert f"return {float(rows[-1]['return']):.1f}" in last
+    assert f"normalized score {float(rows[-1]['score']):.1f}" in last
+    assert run.process.stderr == ""
+
+
+def test_weights_have_moved(run, train):
+    """Every parameter of the policy has left its initial value: what a run without steps saves."""
+    train(learning_rate=1e-30)
+    initial, final = weights(train.folder), weights(run.folder)
+    assert initial.keys() == final.keys()
+    assert [key for key in final if torch.equal(initial[key], final[key])] == []
+    assert all(value.isfinite().all() for value in final.values())
+
+
+def test_same_seed_same_run(run, train):
+    """In this process as in its own: weights, returns and curves are those of the seed."""
+    train()
+    assert same(weights(train.folder), weights(run.folder))
+    assert metrics(train.folder) == metrics(run.folder)
+    one, two = (np.load(folder / "final_returns.npy") for folder in (train.folder, run.folder))
+    assert np.array_equal(one, two)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--task", "simple_speaker"), ("--quality", "perfect"), ("--num-updates", "many")]
+)
+def test_bad_command_line(wrong, script, monkeypatch, capsys):
+    """A value that is none of the choices is repeated in the error, and nothing is written."""
+    before = sorted(script.path.parent.rglob("*"))
+    assert cli(monkeypatch, script, *wrong) == 2
+    error = capsys.readouterr().err
+    assert wrong[0] in error
+    assert wrong[1] in error
+    assert sorted(script.path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_updates": 0}, "--num-updates"),
+        ({"eval_interval": 0}, "--eval-interval"),
+        ({"eval_episodes": -1}, "--eval-episodes"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"batch_size": 501}, "500 transitions"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"quality": "medium"}, "no simple_spread medium data"),
+        ({"quality": "medium-expert"}, "no simple_spread medium data"),
+        ({"seed": 1}, "seed 1"),
+        ({"task": "simple_tag"}, "no simple_tag expert data"),
+        ({"quality": "medium", "device": "abacus", "num_updates": 0}, "error"),
+    ],
+    ids=str,
+)
+def test_bad_settings(changes, reason, train, tmp_path):
+    """One line says what is wrong, before any training, and no run directory is left."""
+    assert reason in refusal(lambda: train(**changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_error_of_a_process(tmp_path):
+    """What a shell sees without data: one line on stderr, a status that is not 0, no traceback."""
+    script = copy_alone(ROOT / "om2p_mpe.py", tmp_path / "alone")
+    process = python(script, "--task", "simple_spread")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: there are no simple_spread expert data")
+    assert process.stderr.count("\n") == 1
+    assert process.stdout == ""
+    assert list(tmp_path.rglob("*")) == [script.parent, script]
+
+
+# Runs that go on
+
+
+def test_resumed_run_equals_unbroken_run(run, train):
+    """3 updates and, with --resume, 3 more give bit for bit what 6 at once give."""
+    train(num_updates=3)
+    half = weights(train.folder)
+    train(resume=True)
+    assert not same(weights(train.folder), half)
+    assert same(weights(train.folder), weights(run.folder))
+    assert metrics(train.folder) == metrics(run.folder)
+
+
+def test_interrupted_run_equals_unbroken_run(run, train, monkeypatch):
+    """Stopped between two checkpoints it says how to go on, and then loses nothing."""
+    evaluate, calls = train.module.evaluate, []
+
+    def stop_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(train.module, "evaluate", stop_at_the_second)
+    with pytest.raises(SystemExit) as stop:
+        train()
+    assert "--resume" in stop.value.code
+    assert not (train.folder / "policy.pt").exists()
+    train(resume=True)
+    assert len(calls) == 3
+    assert same(weights(train.folder), weights(run.folder))
+    assert metrics(train.folder) == metrics(run.folder)
+    events = EventAccumulator(str(train.folder)).Reload()
+    for tag in events.Tags()["scalars"]:
+        assert [event.step for event in events.Scalars(tag)] == [3, 6]
+
+
+def test_resume_without_checkpoint_starts(run, train):
+    """So that one command serves the first start and every restart."""
+    train(resume=True)
+    assert same(weights(train.folder), weights(run.folder))
+    train(resume=True)  # finished: nothing is left to do, nothing is lost
+    assert same(weights(train.folder), weights(run.folder))
+    assert metrics(train.folder) == metrics(run.folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.5}, {"hidden_dims": (16, 8)}, {"batch_size": 8}], ids=str
+)
+def test_resume_with_other_settings_is_refused(change, train):
+    """The line names the setting with both values; the checkpoint stays as it was."""
+    train(num_updates=3)
+    before = (train.folder / "checkpoint.pt").read_bytes()
+    message = refusal(lambda: train(resume=True, **change))
+    (name, value), *_ = change.items()
+    assert name.replace("_", "-") in message.replace("_", "-")
+    assert str(value) in message
+    assert str(getattr(train.module.Args(**TINY), name)) in message
+    assert (train.folder / "checkpoint.pt").read_bytes() == before
+
+
+BAD_CHECKPOINTS = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("<html>404: Not Found</html>\n"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:2_000]),
+    "something else": lambda path: torch.save({"step": 3}, path),
+    "code": lambda path: torch.save({"step": Code(path.parent / "executed")}, path),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint_is_refused(case, train):
+    """One line names the file, which stays where it is; what it contains is not executed."""
+    train(num_updates=3)
+    path = train.folder / "checkpoint.pt"
+    BAD_CHECKPOINTS[case](path)
+    before = path.read_bytes()
+    assert str(path) in refusal(lambda: train(resume=True))
+    assert path.read_bytes() == before
+    assert not (path.parent / "executed").exists()
+
+
+def test_new_run_keeps_the_old_ones(train, tmp_path):
+    """Three runs one right after the other, not resumed: all three results are there."""
+    kept = []
+    for num_updates in (1, 2, 3):
+        train(num_updates=num_updates)
+        kept.append((train.folder / "policy.pt").read_bytes())
+    found = [path.read_bytes() for path in (tmp_path / "runs").rglob("policy.pt")]
+    assert sorted(found) == sorted(kept)
+    assert len(set(kept)) == 3
+    assert (train.folder / "policy.pt").read_bytes() == kept[-1]

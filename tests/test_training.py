@@ -1,0 +1,197 @@
+"""What training does: repeatable, undisturbed by evaluation, and right on data with two modes."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import om2p_mpe
+from om2p_mpe import MPE, Args, MeanFlowPolicy, evaluate, policy_loss
+
+N, B = 2, 256  # of the tests with two modes
+
+
+@pytest.fixture
+def train(make_data, tmp_path):
+    """A function that trains a small team on tiny data; returns the checkpoint's modules."""
+    for seed in (0, 1):
+        make_data(tmp_path / "data", seed=seed)
+    number = itertools.count()
+
+    def run(num_updates=6, eval_interval=3, **settings):
+        args = Args(
+            data_dir=tmp_path / "data",
+            run_dir=tmp_path / f"run-{next(number)}",
+            num_updates=num_updates,
+            eval_interval=eval_interval,
+            eval_episodes=4,
+            batch_size=32,
+            hidden_dims=(16, 16),
+            device="cpu",
+            **settings,
+        )
+        om2p_mpe.train(args)
+        return load_checkpoint(args.run_dir)["modules"]
+
+    return run
+
+
+def load_checkpoint(run_dir) -> dict:
+    """The only checkpoint under a --run-dir."""
+    (path,) = run_dir.rglob("checkpoint.pt")
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    """Whether two state_dicts are equal, bit for bit."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({}, True),
+        ({"eval_interval": 1}, True),
+        ({"eval_interval": 100}, True),
+        ({"num_updates": 5}, False),
+    ],
+)
+def test_same_seed_same_weights(train, settings, same):
+    """A seed gives the same weights, however often the policy is evaluated on the way."""
+    first, second = train(), train(**settings)
+    for name in ("policy", "critic", "target_critic"):
+        assert same_weights(first[name], second[name]) == same
+
+
+def test_another_seed_gives_other_weights(train):
+    """Everything random depends on the seed."""
+    first, second = train(seed=0)["policy"], train(seed=1)["policy"]
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_one_agents_data_train_that_agent(train, tmp_path):
+    """Other actions and rewards of agent 0 change its weights, and no bit of another agent's."""
+    first = train()
+    for name in ("acs_0", "rews_0"):
+        path = tmp_path / f"data/simple_spread/expert/seed_0_data/{name}.npy"
+        np.save(path, -np.load(path))
+    second = train()
+    for name in ("policy", "critic"):
+        for key, value in first[name].items():
+            a, b = value.movedim(-3, 0), second[name][key].movedim(-3, 0)  # (N, ...)
+            assert torch.equal(a[1:], b[1:])
+            assert not torch.equal(a[0], b[0])
+
+
+def test_evaluation_leaves_the_random_state():
+    """Evaluating draws from its own seed alone, and puts torch's random state back."""
+    env = MPE("simple_spread", 4)
+    policy = MeanFlowPolicy(env.num_agents, env.obs_dims[0], 2, (16,))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = evaluate(policy, env, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    np.testing.assert_array_equal(evaluate(policy, env, seed=0), first)
+    assert not np.array_equal(evaluate(policy, env, seed=1), first)
+
+
+def test_target_critic_moves_by_tau(train):
+    """One update moves the target critic the share tau of the way to the updated critic."""
+    runs = [train(num_updates=1, tau=tau) for tau in (0.0, 0.25, 1.0)]
+    start, moved, end = (run["target_critic"] for run in runs)
+    assert all(same_weights(run["critic"], end) for run in runs)
+    for key in start:
+        assert not torch.equal(start[key], end[key])
+        torch.testing.assert_close(moved[key], 0.75 * start[key] + 0.25 * end[key])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_divergence_stops_the_run(train, monkeypatch, tmp_path, value):
+    """A loss that explodes or turns NaN ends the run with one line; the checkpoint stays good."""
+    calls, real = [], om2p_mpe.policy_loss
+
+    def broken(*inputs):
+        calls.append(None)
+        loss, *parts = real(*inputs)
+        return loss if len(calls) <= 3 else loss * 0 + value, *parts
+
+    monkeypatch.setattr(om2p_mpe, "policy_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        train()
+    message = str(stop.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert "update 6" in message
+    checkpoint = load_checkpoint(tmp_path / "run-0")
+    assert checkpoint["step"] == 3
+    assert all(value.isfinite().all() for value in checkpoint["modules"]["policy"].values())
+
+
+def train_policy(modes, critic, q_weight, updates, seed=0):
+    """Train a policy on data of two equally likely actions per agent; return 2,000 of its actions.
+
+    `modes`: (2, N, 1, D); `critic`: a fixed function of actions, (N, B, D) -> (N, B).
+    """
+    torch.manual_seed(seed)
+    policy = MeanFlowPolicy(N, 1, modes.shape[-1], (64, 64))
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, updates)
+    args, obs = Args(q_weight=q_weight), torch.zeros(N, B, 1)
+    for _ in range(updates):
+        action = torch.where(torch.rand(N, B, 1) < 0.5, *modes)
+        loss, *_ = policy_loss(
+            policy, lambda _, a: critic(a).expand(2, N, B), {"obs": obs, "action": action}, args
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return policy.act(torch.zeros(N, 2_000, 1))
+
+
+def share_within(radius: float, action, point) -> torch.Tensor:
+    """Share of each agent's actions that are this near to a point: (N, B, D) -> (N,)."""
+    return ((action - point).norm(dim=-1) < radius).float().mean(dim=-1)
+
+
+def test_both_modes_without_q():
+    """Mean-flow matching alone keeps both modes, and puts little between them."""
+    modes = torch.tensor([-0.7, 0.7]).view(2, 1, 1, 1).expand(2, N, 1, 1)
+    action = train_policy(modes, lambda a: 1 + 0 * a.sum(dim=-1), q_weight=0.0, updates=1_000)
+    low, high = (share_within(0.2, action, mode) for mode in modes)
+    assert (low > 0.3).all()
+    assert (high > 0.3).all()
+    assert (low + high > 0.7).all()
+
+
+def test_better_mode_with_q():
+    """With the Q term each agent picks the mode that its own critic prefers."""
+    modes = torch.tensor([-0.7, 0.7]).view(2, 1, 1, 1).expand(2, N, 1, 1)
+    better = torch.tensor([0.7, -0.7]).view(N, 1, 1)  # one for each agent
+    action = train_policy(
+        modes, lambda a: (3 * a * better.sign()).tanh().sum(dim=-1), q_weight=1.0, updates=600
+    )
+    assert (share_within(0.4, action, better) > 0.8).all()
+
+
+def test_spurious_peak_of_q():
+    """A peak that doubles Q far from all data does not draw actions there at a moderate weight.
+
+    It would if nothing held the policy: at a weight of 10 the Q term wins.
+    """
+    modes = torch.tensor([[-0.7, -0.7], [0.7, 0.7]]).view(2, 1, 1, 2).expand(2, N, 1, 2)
+    peak = torch.tensor([0.7, -0.7])
+
+    def critic(a):
+        return 1 + (-((a - peak) ** 2).sum(dim=-1) / (2 * 0.3**2)).exp()
+
+    action = train_policy(modes, critic, q_weight=0.2, updates=600)
+    near = share_within(0.4, action, modes[0]) + share_within(0.4, action, modes[1])
+    assert (near > 0.7).all()
+    assert (share_within(0.4, action, peak) < 0.05).all()
+    followed = train_policy(modes, critic, q_weight=10.0, updates=200)
+    assert (share_within(0.4, followed, peak) > 0.5).all()
