@@ -98,6 +98,34 @@ class Args:
     """step of the difference quotient; in float32 below 1e-4 it drowns in rounding"""
 
 
+RANGES = {  # of the settings, ends included
+    "seed": (0, 2**31),
+    "eval_interval": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "num_updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "hidden_dims": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "gamma": (0, 1),
+    "tau": (0, 1),
+    "q_weight": (0, math.inf),
+    "time_alpha": (1e-3, 1e3),
+    "time_beta": (1e-3, 1e3),
+    "flow_ratio": (0, 1),
+    "delta": (1e-6, 0.5),
+}
+
+
+# region stop
+def stop(message: str, problem: Exception | None = None):
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion stop
+
+
 # region networks
 class StackedLinear(nn.Module):
     """A linear layer for each entry of `stack`, (N,) agents or (E, N) critics and agents.
@@ -177,7 +205,7 @@ def sample_times(shape, alpha: float, beta: float, flow_ratio: float, device="cp
 
 
 def mean_flow_loss(policy, obs, action, noise, r, t, delta=1e-2, derivative="finite-difference"):
-    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2; DESIGN in the README.
+    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2.
 
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
     Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
@@ -243,10 +271,10 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int) -> None:
             print(f"There are no {task} {quality} data, seed {seed}, in {data_dir}; making them")
             command = [sys.executable, collector, *options, "--data-dir", data_dir]
             if subprocess.run(command).returncode:
-                raise SystemExit(f"error: data/{COLLECTOR} could not make the {quality} data")
+                stop(f"data/{COLLECTOR} could not make the {quality} data")
             return
-    raise SystemExit(
-        f"error: there are no {task} {quality} data, seed {seed}, in {data_dir}: make them by "
+    stop(
+        f"there are no {task} {quality} data, seed {seed}, in {data_dir}: make them by "
         f"`python data/{COLLECTOR} {' '.join(options)}` or get the public ones by "
         f"`bash data/download.sh {task} {quality}`"
     )
@@ -258,14 +286,14 @@ def read_array(path: Path, length: int | None, width: int | None) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise ValueError("it is not an array of numbers")
-    except (OSError, ValueError, EOFError) as problem:
-        raise SystemExit(f"error: {path} cannot be read: {problem}") from None
+    except Exception as problem:
+        stop(f"{path} cannot be read", problem)
     if width is None and array.shape[1:] == (1,):
         array = array[:, 0]
     expected = (array.shape[0] if length is None and array.ndim else length,)
     expected += () if width is None else (width,)
     if array.shape != expected:
-        raise SystemExit(f"error: {path} has shape {array.shape}; expected {expected}")
+        stop(f"{path} has shape {array.shape}; expected {expected}")
     return array
 
 
@@ -294,9 +322,9 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
                 length = len(array)
                 values = torch.from_numpy(array[: round(share * length)].astype(np.float32))
                 if not values.isfinite().all():
-                    raise SystemExit(f"error: {path} holds NaN or infinite values")
+                    stop(f"{path} holds NaN or infinite values")
                 if key == "action" and (values.abs() > 1.001).any():
-                    raise SystemExit(f"error: {path} holds actions outside [-1, 1]")
+                    stop(f"{path} holds actions outside [-1, 1]")
                 if width is not None:
                     values = F.pad(values, (0, max(widths[key]) - width))
                 columns[key][i].append(values)
@@ -418,7 +446,7 @@ class MPE:
         self.vel = self.vel * (1 - self.damping) + force * self.dt
         speed = np.sqrt((self.vel**2).sum(axis=-1, keepdims=True))
         limit = self.max_speed[:, None]
-        self.vel = np.where(speed > limit, self.vel / np.maximum(speed, 1e-12) * limit, self.vel)
+        self.vel = self.vel * np.minimum(1, limit / np.maximum(speed, 1e-12))
         self.pos = self.pos + self.vel * self.dt
         return self.observe(range(LEARNERS)), self.reward()
 
@@ -445,7 +473,7 @@ class MPE:
         return np.tile(shared, (LEARNERS, 1))
 
 
-def load_prey(path: Path):
+def load_prey(path: Path, obs_dim: int):
     """The prey of simple_tag or simple_world, a function (1, K, obs_dim) -> (1, K, 2).
 
     Reads OMAR's `pretrained_adv_model.pt`, whose batch norm is folded into the first layer, or this
@@ -463,9 +491,13 @@ def load_prey(path: Path):
         else:
             with np.load(path, allow_pickle=False) as net:
                 layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
+        layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+        if len(layers[0][0]) != obs_dim:
+            raise ValueError(
+                f"it takes {len(layers[0][0])} numbers, and this task's sees {obs_dim}"
+            )
     except Exception as problem:
-        raise SystemExit(f"error: {path} cannot be read as a prey: {problem}") from None
-    layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+        stop(f"{path} cannot be read as a prey", problem)
 
     def prey_policy(obs: np.ndarray) -> np.ndarray:
         for weight, bias in layers[:-1]:
@@ -482,9 +514,10 @@ def find_prey(task: str, data_dir: Path):
         return None
     for name in ("pretrained_adv_model.pt", "prey.npz"):
         if (data_dir / task / name).is_file():
-            return load_prey(data_dir / task / name)
-    raise SystemExit(
-        f"error: {data_dir / task} holds no prey, which {task} needs: "
+            obs_dim = MPE(task, 1).observe([LEARNERS]).shape[-1]
+            return load_prey(data_dir / task / name, obs_dim)
+    stop(
+        f"{data_dir / task} holds no prey, which {task} needs: "
         f"run `python data/{COLLECTOR} --task {task}` or `bash data/download.sh {task}`"
     )
 
@@ -525,7 +558,7 @@ def save(state, path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"error: {path} cannot be written: {problem}") from None
+        stop(f"{path} cannot be written", problem)
 
 
 # endregion save
@@ -534,13 +567,14 @@ def save(state, path: Path) -> None:
 def train(args: Args):
     """Train one team and write its run directory; return the policy and the final returns (K,)."""
     # region setup
-    for name in ("num_updates", "batch_size", "eval_interval", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):
+            stop(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as problem:
-        raise SystemExit(f"error: --device {args.device} is not usable: {problem}") from None
+        torch.zeros(1, device=args.device).item()
+    except Exception as problem:
+        stop(f"--device {args.device} cannot be used", problem)
     torch.manual_seed(args.seed)
     # endregion setup
 
@@ -550,10 +584,10 @@ def train(args: Args):
     num_agents, num_transitions, obs_dim = dataset["obs"].shape
     action_dim = dataset["action"].shape[-1]
     if num_transitions < args.batch_size:
-        raise SystemExit(f"error: {num_transitions} transitions are fewer than --batch-size")
+        stop(f"the dataset's {num_transitions} transitions are fewer than --batch-size")
     if args.timeout_done:  # an episode ends where the next row does not go on from it
         goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
-        dataset["done"][:, :-1].masked_fill_(~goes_on, 1.0)
+        dataset["done"] = F.pad((~goes_on).float(), (0, 1), value=1.0)
 
     policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
@@ -601,31 +635,33 @@ def train(args: Args):
     checkpoint_path = run_dir / "checkpoint.pt"
     settings = {key: str(value) for key, value in asdict(args).items()}
     first_step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
-    if args.resume and checkpoint_path.exists():
-        try:
+    try:
+        if args.resume and checkpoint_path.exists():
             state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            for key, value in state["settings"].items():
+                free = ("num_updates", "run_dir", "data_dir", "device", "resume")
+                if value != settings[key] and key not in free:
+                    raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
             for name, module in modules.items():
                 module.load_state_dict(state["modules"][name])
             first_step, seconds = state["step"], state["seconds"]
-            history, returns, saved = state["history"], state["returns"], state["settings"]
+            history, returns = state["history"], state["returns"]
             torch.set_rng_state(state["rng"])
             if args.device.startswith("cuda"):
                 torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-        except Exception as problem:
-            raise SystemExit(f"error: {checkpoint_path} cannot be resumed: {problem}") from None
-        free = {"num_updates", "run_dir", "data_dir", "device", "resume"}
-        changed = [key for key in saved if key not in free and saved[key] != settings.get(key)]
-        if changed:
-            text = ", ".join(f"{key} {saved[key]} -> {settings.get(key)}" for key in changed)
-            raise SystemExit(f"error: the run in {run_dir} had other settings: {text}")
-    elif run_dir.exists() and not args.resume:
-        old = run_dir.parent / "old" / f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        old.parent.mkdir(exist_ok=True)
-        run_dir.rename(old)
-        print(f"the previous run in {run_dir} is now {old}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    shutil.copy(script, run_dir)
+    except Exception as problem:
+        stop(f"{checkpoint_path} cannot be resumed", problem)
+    try:
+        if run_dir.exists() and not args.resume:
+            old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+            old.parent.mkdir(exist_ok=True)
+            run_dir.rename(old)
+            print(f"the previous run in {run_dir} is now {old}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        shutil.copy(script, run_dir)
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written", problem)
 
     writer = SummaryWriter(run_dir, purge_step=first_step + 1)
     start, sums, count = time.time() - seconds, {}, 0
@@ -645,8 +681,8 @@ def train(args: Args):
             for key, value in losses.items():
                 writer.add_scalar(f"losses/{key}", value, step)
                 if not abs(value) < 1e8:
-                    raise SystemExit(
-                        f"error: losses/{key} is {value} at update {step}: training has diverged; "
+                    stop(
+                        f"losses/{key} is {value} at update {step}: training has diverged; "
                         f"the last checkpoint is kept; try a lower --learning-rate or --q-weight"
                     )
             if not evaluating:
@@ -680,7 +716,9 @@ def train(args: Args):
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
             save(state, checkpoint_path)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; go on with --resume from {checkpoint_path}") from None
+        stop(f"stopped at update {step}; the same command with --resume goes on")
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written", problem)
     finally:
         bar.close()
         writer.close()

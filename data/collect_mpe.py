@@ -58,6 +58,16 @@ class Args:
     """environment steps after which --train gives up if the public expert is not reached"""
 
 
+# region stop
+def stop(message: str, problem: Exception | None = None):
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion stop
+
+
 # region networks
 class StackedLinear(nn.Module):
     """A linear layer for each entry of `stack`, (N,) agents or (E, N) critics and agents.
@@ -213,7 +223,7 @@ class MPE:
         self.vel = self.vel * (1 - self.damping) + force * self.dt
         speed = np.sqrt((self.vel**2).sum(axis=-1, keepdims=True))
         limit = self.max_speed[:, None]
-        self.vel = np.where(speed > limit, self.vel / np.maximum(speed, 1e-12) * limit, self.vel)
+        self.vel = self.vel * np.minimum(1, limit / np.maximum(speed, 1e-12))
         self.pos = self.pos + self.vel * self.dt
         return self.observe(range(LEARNERS)), self.reward()
 
@@ -240,7 +250,7 @@ class MPE:
         return np.tile(shared, (LEARNERS, 1))
 
 
-def load_prey(path: Path):
+def load_prey(path: Path, obs_dim: int):
     """The prey of simple_tag or simple_world, a function (1, K, obs_dim) -> (1, K, 2).
 
     Reads OMAR's `pretrained_adv_model.pt`, whose batch norm is folded into the first layer, or this
@@ -258,9 +268,13 @@ def load_prey(path: Path):
         else:
             with np.load(path, allow_pickle=False) as net:
                 layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
+        layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+        if len(layers[0][0]) != obs_dim:
+            raise ValueError(
+                f"it takes {len(layers[0][0])} numbers, and this task's sees {obs_dim}"
+            )
     except Exception as problem:
-        raise SystemExit(f"error: {path} cannot be read as a prey: {problem}") from None
-    layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+        stop(f"{path} cannot be read as a prey", problem)
 
     def prey_policy(obs: np.ndarray) -> np.ndarray:
         for weight, bias in layers[:-1]:
@@ -277,9 +291,10 @@ def find_prey(task: str, data_dir: Path):
         return None
     for name in ("pretrained_adv_model.pt", "prey.npz"):
         if (data_dir / task / name).is_file():
-            return load_prey(data_dir / task / name)
-    raise SystemExit(
-        f"error: {data_dir / task} holds no prey, which {task} needs: "
+            obs_dim = MPE(task, 1).observe([LEARNERS]).shape[-1]
+            return load_prey(data_dir / task / name, obs_dim)
+    stop(
+        f"{data_dir / task} holds no prey, which {task} needs: "
         f"run `python data/{COLLECTOR} --task {task}` or `bash data/download.sh {task}`"
     )
 
@@ -343,8 +358,8 @@ def load_behavior(task: str, quality: str, env: MPE) -> list[Behavior | None]:
             policies.append(Behavior(env.num_agents, env.obs_dims[0], env.action_dims[0]))
             keys = policies[-1].state_dict()
             policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
-        raise SystemExit(f"error: {path} cannot be read: {problem}") from None
+    except Exception as problem:
+        stop(f"{path} cannot be read", problem)
     return policies
 
 
@@ -356,8 +371,11 @@ def install_prey(task: str, data_dir: Path) -> str:
     if (folder / "pretrained_adv_model.pt").is_file():
         return "OMAR's, pretrained_adv_model.pt"
     if not (folder / "prey.npz").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(BEHAVIOR_DIR / f"{task}_prey.npz", folder / "prey.npz")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(BEHAVIOR_DIR / f"{task}_prey.npz", folder / "prey.npz")
+        except OSError as problem:
+            stop(f"the prey of {task} cannot be copied to {folder}", problem)
     return "this project's fit of OMAR's, prey.npz"
 
 
@@ -392,12 +410,12 @@ def write_files(folder: Path, args: Args, policies: list, prey_policy) -> np.nda
 
 def collect(args: Args) -> dict:
     """Write one dataset and return its card; a collection that is stopped leaves nothing behind."""
+    prey = install_prey(args.task, args.data_dir)
     folder = args.data_dir / args.task / args.quality / f"seed_{args.seed}_data"
     if folder.exists():
-        raise SystemExit(f"error: {folder} exists; delete it first or choose another --data-dir")
+        stop(f"{folder} exists; delete it first or choose another --data-dir")
     if args.num_transitions < MPE.horizon or args.num_transitions % MPE.horizon or args.seed < 0:
-        raise SystemExit("error: --num-transitions must be a multiple of 25, --seed 0 or more")
-    prey = install_prey(args.task, args.data_dir)
+        stop("--num-transitions must be a multiple of 25, --seed 0 or more")
     prey_policy = find_prey(args.task, args.data_dir)
     policies = load_behavior(args.task, args.quality, MPE(args.task, 1))
     behaviour = f"{len(policies)} snapshots of MATD3" if policies[1:] else "one snapshot of MATD3"
@@ -425,9 +443,9 @@ def collect(args: Args) -> dict:
         temporary.chmod(0o755)
         temporary.rename(folder)
     except OSError as problem:
-        raise SystemExit(f"error: {folder} cannot be written: {problem}") from None
+        stop(f"{folder} cannot be written", problem)
     except KeyboardInterrupt:
-        raise SystemExit("stopped; no dataset was written") from None
+        stop("stopped; no dataset was written")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return card
@@ -493,7 +511,7 @@ def train_behavior(args: Args) -> None:
     with tqdm(total=args.train_steps, unit="step", unit_scale=True, desc=args.task) as bar:
         while not returns or returns[-1] < expert:
             if step >= args.train_steps:
-                raise SystemExit(f"error: a return of {expert} was not reached; nothing is saved")
+                stop(f"the public expert's return, {expert}, was not reached; nothing is saved")
             if step % check_interval == 0:
                 snapshots.append(deepcopy(policy).half().float())  # as it will be stored
                 data = roll_out(check_env, snapshots[-1], args.noise)

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from collect_mpe import BEHAVIOR_DIR, LEARNERS, MPE, load_behavior, load_prey
+from collect_mpe import BEHAVIOR_DIR, LEARNERS, MPE, load_behavior, load_prey, stop
 from tqdm import tqdm
 
 
@@ -121,11 +121,12 @@ def main(args: Args) -> None:
     """Fit unless told not to, then compare."""
     path = args.data_dir / args.task / "pretrained_adv_model.pt"
     if not path.is_file():
-        raise SystemExit(f"error: {path} is missing; get it by `bash data/download.sh {args.task}`")
-    original = load_prey(path)
+        stop(f"{path} is missing; get it by `bash data/download.sh {args.task}`")
+    obs_dim = MPE(args.task, 1).observe([LEARNERS]).shape[-1]
+    original = load_prey(path, obs_dim)
     if not args.check:
         fit(args, original)
-    ours = load_prey(BEHAVIOR_DIR / f"{args.task}_prey.npz")
+    ours = load_prey(BEHAVIOR_DIR / f"{args.task}_prey.npz", obs_dim)
     rows = check(args, original, ours)
     if args.table:
         with args.table.open("w", newline="") as file:

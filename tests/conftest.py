@@ -59,8 +59,8 @@ def make_data():
         env = om2p_mpe.MPE(task, -(-transitions // om2p_mpe.MPE.horizon), seeds)
         rng = np.random.default_rng(seeds)
         if task != "simple_spread":
-            path = write_prey(folder, env.observe([3]).shape[-1])
-            env.prey_policy = om2p_mpe.load_prey(path)
+            write_prey(folder, env.observe([3]).shape[-1])
+            env.prey_policy = om2p_mpe.find_prey(task, folder.parent)
         obs, rows = env.reset(), []
         for _ in range(env.horizon):
             action = rng.uniform(-1, 1, (3, env.num_episodes, 2))

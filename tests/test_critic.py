@@ -79,12 +79,15 @@ def test_q_term_is_normalised(factor):
 
 
 def test_policy_loss_by_hand():
-    """L = L_meanflow - q_weight sum_i E[Q_i] / E|Q_i|, Q the mean of the two critics."""
+    """L = L_meanflow - q_weight sum_i E[Q_i] / sg(E|Q_i|), Q the mean of the two critics."""
     torch.manual_seed(1)
     policy, batch = MeanFlowPolicy(N, 2, 2, (16,)), make_batch()
     values = torch.linspace(-1, 2, 2 * N * B).view(2, N, B)
-    loss, flow, q_term = policy_loss(policy, lambda *_: values, batch, Args(q_weight=3.0))
+    scale = torch.ones((), requires_grad=True)
+    loss, flow, q_term = policy_loss(policy, lambda *_: scale * values, batch, Args(q_weight=3.0))
     q = (values[0] + values[1]) / 2
     expected = sum(agent.sum() / agent.abs().sum() for agent in q)
     torch.testing.assert_close(q_term, expected)
     torch.testing.assert_close(loss, flow - 3.0 * expected)
+    loss.backward()
+    torch.testing.assert_close(scale.grad, -3.0 * expected)  # zero without sg
