@@ -97,15 +97,15 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     )
 
 
-def data_return(data_dir: Path, task: str, quality: str, seed: int) -> float:
-    """Mean return of a dataset's episodes, mean over agents."""
-    total = 0.0
+def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarray:
+    """Returns of a dataset's episodes of 25 steps, mean over agents."""
+    returns = []
     for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
         folder = data_dir / task / part / f"seed_{seed}_data"
-        rewards = [np.load(path).astype(np.float64) for path in sorted(folder.glob("rews_*.npy"))]
-        rows = round(share * len(rewards[0]))
-        total += share * np.mean([reward[:rows].sum() / (rows / 25) for reward in rewards])
-    return total
+        rewards = np.stack([np.load(path) for path in sorted(folder.glob("rews_*.npy"))])
+        rewards = rewards[:, : round(share * rewards.shape[1])].astype(np.float64)
+        returns.append(rewards.reshape(len(rewards), -1, 25).sum(axis=-1).mean(axis=0))
+    return np.concatenate(returns)
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -121,13 +121,14 @@ def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
     with (folder / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
     task, final = cell["task"], float(np.load(folder / "final_returns.npy").mean())
-    data = data_return(args.data_dir, task, cell["quality"], cell["seed"])
+    data = data_returns(args.data_dir, task, cell["quality"], cell["seed"])
     row = {
         **cell,
         "return": round(final, 2),
-        "data_return": round(data, 2),
+        "data_return": round(float(data.mean()), 2),
+        "data_sd": round(float(data.std()), 2),
         "score": round(normalized_score(task, final), 2),
-        "data_score": round(normalized_score(task, data), 2),
+        "data_score": round(normalized_score(task, float(data.mean())), 2),
         "best_score": round(max(float(row["score"]) for row in history), 2),
         "updates": history[-1]["step"],
         "seconds": round(float(history[-1]["seconds"])),

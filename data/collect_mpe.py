@@ -463,7 +463,7 @@ def train_behavior(args: Args) -> None:
     """
     torch.manual_seed(args.seed)
     num_envs, batch_size, gamma, tau, reward_scale = 100, 512, 0.95, 0.01, 0.1
-    warm_up, recent, check_interval = 20_000, 300_000, 10_000
+    warm_up, recent, check_interval = 20_000, 300_000, 5_000
     install_prey(args.task, args.data_dir)
     prey_policy = find_prey(args.task, args.data_dir)
     env = MPE(args.task, num_envs, args.seed, prey_policy)
@@ -498,7 +498,7 @@ def train_behavior(args: Args) -> None:
         mixed = torch.where(own, logits.tanh(), action)  # (N, N, B, 2): own new, others' recorded
         q = critic(joint(obs), mixed.transpose(1, 2).flatten(2))[0]
         policy_optimizer.zero_grad()
-        (0.02 * logits.square().mean(dim=-1) - q).mean(dim=-1).sum().backward()
+        (0.004 * logits.square().mean(dim=-1) - q).mean(dim=-1).sum().backward()
         policy_optimizer.step()
 
         with torch.no_grad():
