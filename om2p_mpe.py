@@ -37,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -77,20 +78,20 @@ class Args:
     hidden_dims: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of policy and critic"""
     learning_rate: float = 1e-3
-    """Adam's step size"""
+    """Adam's step size; the policy's goes down to 0 over the run, linearly"""
     gamma: float = 0.95
     """discount factor, 0 to 1"""
     tau: float = 0.005
     """update rate of the target critic, 0 to 1"""
     timeout_done: bool = False
     """count an episode's last step as terminal; the public data's `done` is always 0"""
-    q_weight: float = 1.0
+    q_weight: float = 4.0
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
     time_alpha: float = 1.0
     """Beta distribution of the interval's ends, first shape, > 0; (1, 1) is uniform"""
     time_beta: float = 1.0
     """second shape, > 0; (2, 2) is bell-shaped, (1 / q, 1) is U^q, with mass at (0, 1) for q > 1"""
-    flow_ratio: float = 0.25
+    flow_ratio: float = 0.5
     """share of the batch with t = r, which is plain flow matching, 0 to 1"""
     derivative: Literal["finite-difference", "jvp"] = "finite-difference"
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
@@ -589,11 +590,15 @@ def train(args: Args):
         goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
         dataset["done"] = F.pad((~goes_on).float(), (0, 1), value=1.0)
 
+    # Rewards of unit variance: critics need not grow to outputs in the hundreds first
+    dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+
     policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     target_critic = deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)
+    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
 
     def update() -> dict[str, torch.Tensor]:
         index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
@@ -612,6 +617,7 @@ def train(args: Args):
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
+        policy_schedule.step()
         critic.requires_grad_(True)
         losses |= {"policy": loss.detach(), "mean_flow": flow, "q_term": q_term}
 
@@ -627,6 +633,7 @@ def train(args: Args):
         "target_critic": target_critic,
         "policy_optimizer": policy_optimizer,
         "critic_optimizer": critic_optimizer,
+        "policy_schedule": policy_schedule,
     }
 
     # region loop
@@ -639,7 +646,7 @@ def train(args: Args):
         if args.resume and checkpoint_path.exists():
             state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
             for key, value in state["settings"].items():
-                free = ("num_updates", "run_dir", "data_dir", "device", "resume")
+                free = ("run_dir", "data_dir", "device", "resume")
                 if value != settings[key] and key not in free:
                     raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
             for name, module in modules.items():
@@ -664,7 +671,7 @@ def train(args: Args):
         stop(f"{run_dir} cannot be written", problem)
 
     writer = SummaryWriter(run_dir, purge_step=first_step + 1)
-    start, sums, count = time.time() - seconds, {}, 0
+    start, step, sums, count = time.time() - seconds, first_step, {}, 0
     bar = tqdm(total=args.num_updates, initial=first_step, unit="update", disable=None)
     try:
         for step in range(first_step + 1, args.num_updates + 1):

@@ -260,18 +260,8 @@ def test_error_of_a_process(tmp_path):
 # Runs that go on
 
 
-def test_resumed_run_equals_unbroken_run(run, train):
-    """3 updates and, with --resume, 3 more give bit for bit what 6 at once give."""
-    train(num_updates=3)
-    half = weights(train.folder)
-    train(resume=True)
-    assert not same(weights(train.folder), half)
-    assert same(weights(train.folder), weights(run.folder))
-    assert metrics(train.folder) == metrics(run.folder)
-
-
 def test_interrupted_run_equals_unbroken_run(run, train, monkeypatch):
-    """Stopped between two checkpoints it says how to go on, and then loses nothing."""
+    """Stopped between two checkpoints it says how to go on, and then ends bit for bit the same."""
     evaluate, calls = train.module.evaluate, []
 
     def stop_at_the_second(*args):
@@ -304,11 +294,11 @@ def test_resume_without_checkpoint_starts(run, train):
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.5}, {"hidden_dims": (16, 8)}, {"batch_size": 8}], ids=str
+    "change", [{"learning_rate": 0.5}, {"hidden_dims": (16, 8)}, {"num_updates": 7}], ids=str
 )
 def test_resume_with_other_settings_is_refused(change, train):
     """The line names the setting with both values; the checkpoint stays as it was."""
-    train(num_updates=3)
+    train()
     before = (train.folder / "checkpoint.pt").read_bytes()
     message = refusal(lambda: train(resume=True, **change))
     (name, value), *_ = change.items()
@@ -330,7 +320,7 @@ BAD_CHECKPOINTS = {
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_bad_checkpoint_is_refused(case, train):
     """One line names the file, which stays where it is; what it contains is not executed."""
-    train(num_updates=3)
+    train()
     path = train.folder / "checkpoint.pt"
     BAD_CHECKPOINTS[case](path)
     before = path.read_bytes()
