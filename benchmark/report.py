@@ -115,14 +115,19 @@ def main_table() -> str:
 
 
 def sweep_table() -> str:
-    """Scores of the sweep, a row for every value of every setting."""
+    """Scores of the sweep, a row for every change of a setting."""
     groups, columns = defaultdict(dict), []
     for row in read("sweep.csv"):
         column = f"{row['task']} {row['quality']}"
         columns += [column] if column not in columns else []
-        groups[row["varied"], row["value"]][column] = f"{float(row['score']):.1f}"
-    rows = [(*key, *(row.get(column, "") for column in columns)) for key, row in groups.items()]
-    return markdown(("setting", "value", *columns), rows)
+        change = f"`{row['setting']}` {row['value']}" if row["setting"] else "the defaults"
+        groups["the data"][column] = row["data_score"]
+        groups[change][column] = row["score"]
+    rows = [
+        (change, *(f"{float(scores[column]):.1f}" for column in columns))
+        for change, scores in groups.items()
+    ]
+    return markdown(("changed setting", *columns), rows)
 
 
 def machine_line(grid: str) -> str:
