@@ -2,7 +2,8 @@
 
 OM2P (Li et al., AAMAS 2026, arxiv.org/abs/2508.06269) trains a team of agents from recorded data.
 Every agent has a mean-flow policy (Geng et al., 2025, arxiv.org/abs/2505.13447), a network that
-turns noise into an action in one step, and that is also pulled towards what its critic values.
+turns noise into an action in one step. It learns to act as the data do, and is pulled towards
+actions that its critic values.
 
     noise, action      e ~ N(0, I) and an action of the data; flow time 0 and flow time 1
     x_t                (1 - t) noise + t action, a point on the straight path between them
@@ -19,7 +20,7 @@ independently. In shapes: N agents, B batch, E critics, K episodes, T transition
     tensorboard --logdir runs
 """
 
-import csv
+import io
 import json
 import math
 import os
@@ -27,10 +28,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -62,29 +64,29 @@ class Args:
     """the behaviour in the data; the last two are mixtures, 9:1"""
     data_dir: Path = Path("data")
     """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
-    eval_interval: int = 500
-    """updates between evaluations, each with a checkpoint"""
+    timeout_done: bool = False
+    """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
     # endregion args
     task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
     """the task"""
+    eval_interval: int = 500
+    """updates between evaluations, each with a checkpoint, 1 or more"""
     eval_episodes: int = 100
-    """episodes per evaluation, always the same initial states"""
+    """episodes per evaluation, always from the same initial states, 1 or more"""
 
     # OM2P
     num_updates: int = 6_000
-    """gradient steps"""
+    """gradient steps, 1 or more"""
     batch_size: int = 256
-    """transitions per update, of every agent"""
+    """transitions of every agent in an update, 1 or more"""
     hidden_dims: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of policy and critic"""
     learning_rate: float = 1e-3
-    """Adam's step size; the policy's goes down to 0 over the run, linearly"""
+    """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
     gamma: float = 0.95
     """discount factor, 0 to 1"""
     tau: float = 0.005
     """update rate of the target critic, 0 to 1"""
-    timeout_done: bool = False
-    """count an episode's last step as terminal; the public data's `done` is always 0"""
     q_weight: float = 4.0
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
     time_alpha: float = 1.0
@@ -96,35 +98,7 @@ class Args:
     derivative: Literal["finite-difference", "jvp"] = "finite-difference"
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
     delta: float = 1e-2
-    """step of the difference quotient; in float32 below 1e-4 it drowns in rounding"""
-
-
-RANGES = {  # of the settings, ends included
-    "seed": (0, 2**31),
-    "eval_interval": (1, math.inf),
-    "eval_episodes": (1, math.inf),
-    "num_updates": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "hidden_dims": (1, math.inf),
-    "learning_rate": (0, math.inf),
-    "gamma": (0, 1),
-    "tau": (0, 1),
-    "q_weight": (0, math.inf),
-    "time_alpha": (1e-3, 1e3),
-    "time_beta": (1e-3, 1e3),
-    "flow_ratio": (0, 1),
-    "delta": (1e-6, 0.5),
-}
-
-
-# region stop
-def stop(message: str, problem: Exception | None = None):
-    """End the program with one line on stderr and exit status 1."""
-    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
-    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
-
-
-# endregion stop
+    """step of the difference quotient, 1e-6 to 0.5; below 1e-4 it drowns in float32's rounding"""
 
 
 # region networks
@@ -145,7 +119,9 @@ class StackedLinear(nn.Module):
         return x @ self.weight + self.bias
 
 
-def mlp(stack, in_dim: int, hidden_dims, out_dim: int, layer_norm: bool = False) -> nn.Sequential:
+def mlp(
+    stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, layer_norm=False
+) -> nn.Sequential:
     """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
 
     The norm has no scale and shift of its own: the linear layer behind it has them already, and a
@@ -175,58 +151,78 @@ class Critic(nn.Module):
 
 # region om2p
 class MeanFlowPolicy(nn.Module):
-    """The mean velocity u(x_r, r, t | o) of every agent's flow, and one-step actions with it."""
+    """The mean velocity u(x_r, r, t | o) of every agent's flow, and one-step actions with it.
+
+    Geng et al. (2025), equation 3, with noise at time 0, data at 1, and u evaluated at the start r.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.action_dim = action_dim
         self.net = mlp((num_agents,), obs_dim + action_dim + 2, hidden_dims, action_dim)
 
-    def forward(self, obs, x, r, t) -> torch.Tensor:
+    def forward(
+        self, obs: torch.Tensor, x: torch.Tensor, r: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim), (N, B, 1), (N, B, 1) -> u (N, B, action_dim)."""
         return self.net(torch.cat([obs, x, r, t], dim=-1))
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """One-step actions noise + u(noise, 0, 1): (N, B, obs_dim) -> (N, B, action_dim)."""
+        """noise + u(noise, 0, 1), clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
             noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
         return (noise + self(obs, noise, r, t)).clamp(-1, 1)
 
 
-def sample_times(shape, alpha: float, beta: float, flow_ratio: float, device="cpu"):
+def sample_times(
+    shape: tuple[int, ...], alpha: float, beta: float, flow_ratio: float, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw 0 <= r <= t <= 1, each of `shape`: OM2P's generalised timestep distribution.
 
     r ~ Beta(alpha, beta), t ~ 1 - Beta(alpha, beta), sorted; t = r for a share `flow_ratio`.
     """
-    alpha, beta = (torch.tensor(float(value), device=device) for value in (alpha, beta))
-    draws = torch.distributions.Beta(alpha, beta).sample((2, *shape))
+    alpha, beta = (torch.full((), float(value), device=device) for value in (alpha, beta))
+    draws = torch.distributions.Beta(alpha, beta, validate_args=False).sample((2, *shape))
     r, t = torch.stack([draws[0], 1 - draws[1]]).sort(dim=0).values
     return r, torch.where(torch.rand(shape, device=device) < flow_ratio, r, t)
 
 
-def mean_flow_loss(policy, obs, action, noise, r, t, delta=1e-2, derivative="finite-difference"):
-    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2.
+def mean_flow_loss(
+    policy: nn.Module,
+    obs: torch.Tensor,
+    action: torch.Tensor,
+    noise: torch.Tensor,
+    r: torch.Tensor,
+    t: torch.Tensor,
+    delta: float = 1e-2,
+    derivative: str = "finite-difference",
+) -> torch.Tensor:
+    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025, eq. 11).
 
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
-    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    As a difference quotient it is OM2P's derivative-free estimate. Shapes as in `forward`; mean
+    over batch and action dimensions, sum over agents.
     """
     x, v = (1 - r) * noise + r * action, action - noise
-    if derivative == "jvp":
-        tangents = (v, torch.ones_like(r), torch.zeros_like(t))
-        u, du_dr = torch.func.jvp(lambda *x_r_t: policy(obs, *x_r_t), (x, r, t), tangents)
-    else:
-        u = policy(obs, x, r, t)
-        with torch.no_grad():
+    u = policy(obs, x, r, t)
+    with torch.no_grad():
+        if derivative == "jvp":
+            tangents = (v, torch.ones_like(r), torch.zeros_like(t))
+            _, du_dr = torch.func.jvp(lambda *x_r_t: policy(obs, *x_r_t), (x, r, t), tangents)
+        else:
             du_dr = (policy(obs, x + delta * v, r + delta, t) - u) / delta
-    target = (v + (t - r) * du_dr).detach()
+        target = v + (t - r) * du_dr
     return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
 
 
-def critic_loss(critic, target_critic, policy, batch: dict, gamma: float):
-    """Temporal-difference loss of the twin critics, sum over critics and agents; and the mean Q.
+def critic_loss(
+    critic: nn.Module, target_critic: nn.Module, policy: nn.Module, batch: dict, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temporal-difference loss, sum over critics and agents, mean over the batch; and the mean Q.
 
-    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient.
+    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient. The batch holds obs,
+    next_obs (N, B, obs_dim), action (N, B, action_dim), reward and done (N, B).
     """
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"])).mean(dim=0)
@@ -236,10 +232,12 @@ def critic_loss(critic, target_critic, policy, batch: dict, gamma: float):
     return loss, q.detach().mean()
 
 
-def policy_loss(policy, critic, batch: dict, args):
+def policy_loss(
+    policy: nn.Module, critic: nn.Module, batch: dict, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """OM2P's objective, L_meanflow - q_weight E[Q(o, a_pi)] / sg(E|Q|), sum over agents.
 
-    Returns it, and its two parts without gradient.
+    The batch is `critic_loss`'s. Also returns L_meanflow and the mean Q of the policy's actions.
     """
     obs, action = batch["obs"], batch["action"]
     r, t = sample_times(
@@ -247,12 +245,38 @@ def policy_loss(policy, critic, batch: dict, args):
     )
     noise = torch.randn_like(action)
     flow = mean_flow_loss(policy, obs, action, noise, r, t, args.delta, args.derivative)
-    q = critic(obs, policy.act(obs)).mean(dim=0)  # (N, B)
-    q = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
-    return flow - args.q_weight * q, flow.detach(), q.detach()
+    q = critic(obs, policy.act(obs)).mean(dim=0)  # (2, N, B) -> (N, B)
+    q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
+    return flow - args.q_weight * q_term, flow.detach(), q.detach().mean()
 
 
 # endregion om2p
+
+
+# region ranges
+RANGES = {  # of the settings, ends included; a script adds its own
+    "seed": (0, 2**31),
+    "eval_interval": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "num_updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "hidden_dims": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "gamma": (0, 1),
+    "tau": (0, 1),
+}
+
+
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion ranges
+
+RANGES |= {"q_weight": (0, math.inf), "flow_ratio": (0, 1), "delta": (1e-6, 0.5)}
+RANGES |= {"time_alpha": (1e-3, 1e3), "time_beta": (1e-3, 1e3)}
 
 
 # region dataset
@@ -263,21 +287,20 @@ MIXTURES = {  # the first 90 % of one dataset, then the first 10 % of the other;
 }
 
 
-def make_dataset(data_dir: Path, task: str, quality: str, seed: int) -> None:
+def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: str) -> None:
     """Have the repository's collector make a dataset that is missing, or say how to get it."""
+    missing = f"there are no {task} {quality} data, seed {seed}, in {data_dir}"
     options = ["--task", task, "--quality", quality, "--seed", str(seed)]
     here = Path(__file__).resolve().parent
-    for collector in (here / "data" / COLLECTOR, here.parent / "data" / COLLECTOR):
-        if collector.is_file():
-            print(f"There are no {task} {quality} data, seed {seed}, in {data_dir}; making them")
-            command = [sys.executable, collector, *options, "--data-dir", data_dir]
-            if subprocess.run(command).returncode:
-                stop(f"data/{COLLECTOR} could not make the {quality} data")
+    for path in (here / "data" / collector, here.parent / "data" / collector):
+        if path.is_file():
+            print(f"{missing}; making them")
+            if subprocess.run([sys.executable, path, *options, "--data-dir", data_dir]).returncode:
+                stop(f"data/{collector} could not make the {quality} data")
             return
     stop(
-        f"there are no {task} {quality} data, seed {seed}, in {data_dir}: make them by "
-        f"`python data/{COLLECTOR} {' '.join(options)}` or get the public ones by "
-        f"`bash data/download.sh {task} {quality}`"
+        f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
+        f"ones by `bash data/download.sh {task} {quality}`"
     )
 
 
@@ -291,7 +314,7 @@ def read_array(path: Path, length: int | None, width: int | None) -> np.ndarray:
         stop(f"{path} cannot be read", problem)
     if width is None and array.shape[1:] == (1,):
         array = array[:, 0]
-    expected = (array.shape[0] if length is None and array.ndim else length,)
+    expected = (array.shape[0] if length is None and array.ndim else length,)  # free at first
     expected += () if width is None else (width,)
     if array.shape != expected:
         stop(f"{path} has shape {array.shape}; expected {expected}")
@@ -310,11 +333,9 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
     for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
         folder, length = Path(data_dir) / task / part / f"seed_{seed}_data", None
         if not folder.is_dir():
-            make_dataset(data_dir, task, part, seed)
+            make_dataset(data_dir, task, part, seed, env.collector)
         if (folder / f"obs_{env.num_agents}.npy").exists():
-            raise SystemExit(
-                f"error: {folder} holds more than the {env.num_agents} agents of {task}"
-            )
+            stop(f"{folder} holds more than the {env.num_agents} agents of {task}")
         for i in range(env.num_agents):
             for key, name in FILES.items():
                 path = folder / f"{name}_{i}.npy"
@@ -339,7 +360,6 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
 
 
 # region mpe
-COLLECTOR = "collect_mpe.py"  # in data/, makes the datasets
 LEARNERS = 3  # three agents are trained in every task; in tag and world a fourth is the prey
 SOLID, FOOD, FOREST = 0.2, 0.03, 0.3  # radii of the landmarks in tag and world
 LANDMARK_SIZES = {
@@ -347,16 +367,16 @@ LANDMARK_SIZES = {
     "simple_tag": (SOLID, SOLID),
     "simple_world": (SOLID, FOOD, FOOD, FOREST, FOREST),
 }
-REFERENCE_RETURNS = {  # (random, expert) of the public data, OMAR (ICML 2022): scores 0 and 100
-    "simple_spread": (159.8, 516.8),
-    "simple_tag": (-4.1, 185.6),
-    "simple_world": (-6.8, 79.5),
+PUBLIC_RETURNS = {  # mean returns of the public data, five seeds; OMAR (ICML 2022)
+    "simple_spread": {"expert": 516.8, "medium": 259.9, "medium-replay": 194.2, "random": 159.8},
+    "simple_tag": {"expert": 185.6, "medium": 88.7, "medium-replay": 14.2, "random": -4.1},
+    "simple_world": {"expert": 79.5, "medium": 43.3, "medium-replay": 3.5, "random": -6.8},
 }
 
 
 def normalized_score(task: str, returns):
     """Score on the field's scale: 0 for the public random data, 100 for its expert data."""
-    low, high = REFERENCE_RETURNS[task]
+    low, high = PUBLIC_RETURNS[task]["random"], PUBLIC_RETURNS[task]["expert"]
     return 100 * (returns - low) / (high - low)
 
 
@@ -380,7 +400,7 @@ class MPE:
     """
 
     horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
-    num_agents, action_dims = LEARNERS, (2,) * LEARNERS
+    num_agents, action_dims, collector = LEARNERS, (2,) * LEARNERS, "collect_mpe.py"
 
     def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
         self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
@@ -437,7 +457,7 @@ class MPE:
         return np.stack(everything).astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Advance one step under `action` (N, K, 2).
+        """Advance one step under `action` (N, K, 2); (A, K, 2) where no policy steers the prey.
 
         Returns the next observations (N, K, obs_dim) and each learner's reward (N, K).
         """
@@ -474,12 +494,26 @@ class MPE:
         return np.tile(shared, (LEARNERS, 1))
 
 
-def load_prey(path: Path, obs_dim: int):
-    """The prey of simple_tag or simple_world, a function (1, K, obs_dim) -> (1, K, 2).
+def find_prey(task: str, data_dir: Path):
+    """The prey in data_dir/task, a function (1, K, obs_dim) -> (1, K, 2); None for simple_spread.
 
-    Reads OMAR's `pretrained_adv_model.pt`, whose batch norm is folded into the first layer, or this
-    project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
+    OMAR's `pretrained_adv_model.pt` if it is there, its batch norm folded into the first layer;
+    else this project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
     """
+    if task == "simple_spread":
+        return None
+    paths = [data_dir / task / name for name in ("pretrained_adv_model.pt", "prey.npz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        stop(
+            f"{data_dir / task} holds no prey, which {task} needs: "
+            f"run `python data/{MPE.collector} --task {task}` or `bash data/download.sh {task}`"
+        )
+    return load_prey(path, MPE(task, 1).observe([LEARNERS]).shape[-1])
+
+
+def load_prey(path: Path, obs_dim: int):
+    """One prey file as `find_prey` returns it; see there."""
     try:
         if path.suffix == ".pt":
             agents = torch.load(path, map_location="cpu", weights_only=True)["agent_params"]
@@ -493,34 +527,20 @@ def load_prey(path: Path, obs_dim: int):
             with np.load(path, allow_pickle=False) as net:
                 layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
         layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
-        if len(layers[0][0]) != obs_dim:
-            raise ValueError(
-                f"it takes {len(layers[0][0])} numbers, and this task's sees {obs_dim}"
-            )
+
+        def prey_policy(obs: np.ndarray) -> np.ndarray:
+            for weight, bias in layers[:-1]:
+                obs = np.maximum(obs @ weight + bias, 0)
+            weight, bias = layers[-1]
+            return np.tanh(obs @ weight + bias)
+
+        if not np.isfinite(
+            prey_policy(np.zeros((1, 1, obs_dim), np.float32)).reshape(1, 1, 2)
+        ).all():
+            raise ValueError("its actions are not finite")
     except Exception as problem:
-        stop(f"{path} cannot be read as a prey", problem)
-
-    def prey_policy(obs: np.ndarray) -> np.ndarray:
-        for weight, bias in layers[:-1]:
-            obs = np.maximum(obs @ weight + bias, 0)
-        weight, bias = layers[-1]
-        return np.tanh(obs @ weight + bias)
-
+        stop(f"{path} cannot be used as a prey", problem)
     return prey_policy
-
-
-def find_prey(task: str, data_dir: Path):
-    """The prey that stands in data_dir/task, the original if there are both; None for spread."""
-    if task == "simple_spread":
-        return None
-    for name in ("pretrained_adv_model.pt", "prey.npz"):
-        if (data_dir / task / name).is_file():
-            obs_dim = MPE(task, 1).observe([LEARNERS]).shape[-1]
-            return load_prey(data_dir / task / name, obs_dim)
-    stop(
-        f"{data_dir / task} holds no prey, which {task} needs: "
-        f"run `python data/{COLLECTOR} --task {task}` or `bash data/download.sh {task}`"
-    )
 
 
 # endregion mpe
@@ -547,30 +567,37 @@ def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
 # endregion evaluate
 
 
-# region save
-def save(state, path: Path) -> None:
-    """Write a file by torch.save so that a full disk or an interrupt leaves the old one whole."""
-    temporary = path.with_name(path.name + ".tmp")
+# region write
+def write(path: Path, save: Callable, state) -> None:
+    """Write a file by save(state, file); a full disk or an interrupt leaves the old one whole."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    save(state, buffer)
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:
+    finally:
         temporary.unlink(missing_ok=True)
-        stop(f"{path} cannot be written", problem)
 
 
-# endregion save
+def save_table(rows: list[dict], file) -> None:
+    """Write rows with the same keys as csv into a binary file."""
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def train(args: Args):
+# endregion write
+
+
+def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
     """Train one team and write its run directory; return the policy and the final returns (K,)."""
     # region setup
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= v <= high and math.isfinite(v) for v in values):
             stop(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
     try:
         torch.zeros(1, device=args.device).item()
@@ -582,6 +609,8 @@ def train(args: Args):
     env = MPE(args.task, args.eval_episodes)
     dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
     env.prey_policy = find_prey(args.task, args.data_dir)
+
+    # region prepare
     num_agents, num_transitions, obs_dim = dataset["obs"].shape
     action_dim = dataset["action"].shape[-1]
     if num_transitions < args.batch_size:
@@ -589,9 +618,11 @@ def train(args: Args):
     if args.timeout_done:  # an episode ends where the next row does not go on from it
         goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
         dataset["done"] = F.pad((~goes_on).float(), (0, 1), value=1.0)
-
+        if dataset["done"].mean() > 0.5:
+            stop("--timeout-done needs data in the order of time, and these are not")
     # Rewards of unit variance: critics need not grow to outputs in the hundreds first
     dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+    # endregion prepare
 
     policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
@@ -609,17 +640,17 @@ def train(args: Args):
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        losses = {"critic": loss.detach(), "q": q}
+        losses = {"critic": loss.detach(), "data_q": q}
 
         # Policy: mean-flow matching, and up the critic; the critic's own gradient is not needed
         critic.requires_grad_(False)
-        loss, flow, q_term = policy_loss(policy, critic, batch, args)
+        loss, flow, policy_q = policy_loss(policy, critic, batch, args)
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
         policy_schedule.step()
         critic.requires_grad_(True)
-        losses |= {"policy": loss.detach(), "mean_flow": flow, "q_term": q_term}
+        losses |= {"policy": loss.detach(), "mean_flow": flow, "policy_q": policy_q}
 
         # Target critic
         with torch.no_grad():
@@ -627,7 +658,7 @@ def train(args: Args):
                 target.lerp_(source, args.tau)
         return losses
 
-    modules = {
+    states = {
         "policy": policy,
         "critic": critic,
         "target_critic": target_critic,
@@ -645,12 +676,12 @@ def train(args: Args):
     try:
         if args.resume and checkpoint_path.exists():
             state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            free = ("run_dir", "data_dir", "device", "resume")
             for key, value in state["settings"].items():
-                free = ("run_dir", "data_dir", "device", "resume")
                 if value != settings[key] and key not in free:
                     raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
-            for name, module in modules.items():
-                module.load_state_dict(state["modules"][name])
+            for name, part in states.items():
+                part.load_state_dict(state["states"][name])
             first_step, seconds = state["step"], state["seconds"]
             history, returns = state["history"], state["returns"]
             torch.set_rng_state(state["rng"])
@@ -690,7 +721,7 @@ def train(args: Args):
                 if not abs(value) < 1e8:
                     stop(
                         f"losses/{key} is {value} at update {step}: training has diverged; "
-                        f"the last checkpoint is kept; try a lower --learning-rate or --q-weight"
+                        f"the last checkpoint is kept; try a lower --learning-rate"
                     )
             if not evaluating:
                 continue
@@ -705,43 +736,40 @@ def train(args: Args):
             writer.add_scalar("charts/normalized_score", score, step)
             writer.add_scalar("charts/updates_per_second", step / seconds, step)
             tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
-            with (run_dir / "metrics.csv.tmp").open("w", newline="") as file:
-                table = csv.DictWriter(file, history[0])
-                table.writeheader()
-                table.writerows(history)
-            os.replace(run_dir / "metrics.csv.tmp", run_dir / "metrics.csv")
+            write(run_dir / "metrics.csv", save_table, history)
             state = {
                 "step": step,
                 "seconds": seconds,
                 "history": history,
                 "returns": returns,
                 "settings": settings,
-                "modules": {name: module.state_dict() for name, module in modules.items()},
+                "states": {name: part.state_dict() for name, part in states.items()},
                 "rng": torch.get_rng_state(),
             }
             if args.device.startswith("cuda"):
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-            save(state, checkpoint_path)
+            write(checkpoint_path, torch.save, state)
+        write(run_dir / "policy.pt", torch.save, policy.state_dict())
+        write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
     except KeyboardInterrupt:
-        stop(f"stopped at update {step}; the same command with --resume goes on")
+        raise SystemExit(
+            f"stopped at update {step}; --resume goes on from the checkpoint"
+        ) from None
     except OSError as problem:
-        stop(f"{run_dir} cannot be written", problem)
+        stop(f"{run_dir} cannot be written at update {step}", problem)
     finally:
         bar.close()
         writer.close()
 
-    returns = returns.numpy()
-    np.save(run_dir / "final_returns.npy", returns)
-    save(policy.state_dict(), run_dir / "policy.pt")
-    best = max(row["return"] for row in history)
+    final, best = history[-1], max(row["score"] for row in history)
     print(
-        f"{args.task}-{args.quality}, seed {args.seed}: final return {returns.mean():.1f} "
+        f"{args.task}-{args.quality}, seed {args.seed}: final return {final['return']:.1f} "
         f"(sd {returns.std():.1f} over {len(returns)} episodes), normalized score "
-        f"{normalized_score(args.task, returns.mean()):.1f} (best during training "
-        f"{normalized_score(args.task, best):.1f}), {seconds / 60:.1f} minutes; see {run_dir}"
+        f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
+        f"see {run_dir}"
     )
     # endregion loop
-    return policy, returns
+    return policy, returns.numpy()
 
 
 if __name__ == "__main__":

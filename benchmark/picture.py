@@ -45,7 +45,9 @@ def main(args: Args) -> None:
         task = settings["task"]
         env = MPE(task, columns, args.seed, find_prey(task, Path(settings["data_dir"])))
         policy = MeanFlowPolicy(LEARNERS, env.obs_dims[0], 2, settings["hidden_dims"])
-        policy.load_state_dict(torch.load(run_dir / "policy.pt", weights_only=True))
+        policy.load_state_dict(
+            torch.load(run_dir / "policy.pt", map_location="cpu", weights_only=True)
+        )
         torch.manual_seed(args.seed)
         obs, path, returns = env.reset(args.seed), [env.pos], 0.0
         for _ in range(env.horizon):

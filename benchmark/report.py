@@ -9,6 +9,7 @@ The learning curves of the default command go to benchmark/figures/learning_curv
 import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,12 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from om2p_mpe import PUBLIC_RETURNS  # noqa: E402
+
 RESULTS = ROOT / "benchmark" / "results"
-PUBLIC = {  # mean returns of the public data, expert / medium / medium-replay / random; OMAR
-    "simple_spread": (516.8, 259.9, 194.2, 159.8),
-    "simple_tag": (185.6, 88.7, 14.2, -4.1),
-    "simple_world": (79.5, 43.3, 3.5, -6.8),
-}
+QUALITIES = ("expert", "medium", "medium-replay", "random")
 PUBLISHED = {  # normalized scores on the public data, same order; MADiff (NeurIPS 2024), Table 1
     "MA-TD3+BC": {
         "simple_spread": (108.3, 29.3, 15.4, 9.8),
@@ -40,7 +40,6 @@ PUBLISHED = {  # normalized scores on the public data, same order; MADiff (NeurI
         "simple_world": (122.6, 123.5, 57.1, 2.0),
     },
 }
-QUALITIES = ("expert", "medium", "medium-replay", "random")
 
 
 def read(name: str) -> list[dict]:
@@ -77,7 +76,7 @@ def data_table() -> str:
     for (task, quality), group in main_groups().items():
         ours = np.mean([float(row["data_return"]) for row in group])
         sd = np.mean([float(row["data_sd"]) for row in group])
-        public = PUBLIC[task][QUALITIES.index(quality)]
+        public = PUBLIC_RETURNS[task][quality]
         rows.append((task, quality, f"{ours:.1f} ± {sd:.1f}", public))
     return markdown(("task", "quality", "ours, mean ± sd", "public, mean"), rows)
 
@@ -146,7 +145,7 @@ def learning_curves() -> None:
     groups, curves = main_groups(), defaultdict(list)
     for row in read("main_curves.csv"):
         curves[row["task"], row["quality"], row["seed"]].append((row["step"], row["score"]))
-    tasks = list(PUBLIC)
+    tasks = list(PUBLIC_RETURNS)
     figure, axes = plt.subplots(1, len(tasks), figsize=(10, 3.1), layout="constrained")
     for task, panel in zip(tasks, axes, strict=True):
         for k, quality in enumerate(QUALITIES):

@@ -3,7 +3,8 @@
 OMAR (Pan et al., ICML 2022) recorded multi-agent TD3 at three stages: untrained (`random`: uniform
 actions), partly trained (`medium`) and trained (`expert`), with Gaussian exploration noise of 0.1;
 `medium-replay` is the replay buffer of the training up to `medium`. This script does the same with
-the behaviour policies in `data/behavior/`, which it can also train again.
+the behaviour policies in `data/behavior/`, which it can also train again; in place of a replay
+buffer it rolls out snapshots taken evenly over the training up to `medium`.
 
     python data/collect_mpe.py --task simple_spread --quality expert --seed 0
     python data/collect_mpe.py --task simple_spread --train
@@ -17,10 +18,11 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -30,12 +32,6 @@ import tyro
 from tqdm import tqdm
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
-QUALITIES = ("random", "medium-replay", "medium", "expert")
-PUBLIC_RETURNS = {  # mean returns of the public data of each quality, five seeds; OMAR
-    "simple_spread": (159.8, 194.2, 259.9, 516.8),
-    "simple_tag": (-4.1, 14.2, 88.7, 185.6),
-    "simple_world": (-6.8, 3.5, 43.3, 79.5),
-}
 
 
 @dataclass
@@ -49,23 +45,13 @@ class Args:
     num_transitions: int = 100_000
     """transitions of every agent, a multiple of 25; the public data have 1,000,000"""
     noise: float = 0.1
-    """standard deviation of the exploration noise on actions in [-1, 1]"""
+    """standard deviation of the exploration noise on actions in [-1, 1], 0 to 1"""
     data_dir: Path = Path(__file__).resolve().parent
     """folder of the datasets"""
     train: bool = False
     """train the task's behaviour policies again, replacing data/behavior/<task>.npz; no dataset"""
     train_steps: int = 2_000_000
-    """environment steps after which --train gives up if the public expert is not reached"""
-
-
-# region stop
-def stop(message: str, problem: Exception | None = None):
-    """End the program with one line on stderr and exit status 1."""
-    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
-    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
-
-
-# endregion stop
+    """environment steps after which --train gives up, unless it reaches the public expert first"""
 
 
 # region networks
@@ -86,7 +72,9 @@ class StackedLinear(nn.Module):
         return x @ self.weight + self.bias
 
 
-def mlp(stack, in_dim: int, hidden_dims, out_dim: int, layer_norm: bool = False) -> nn.Sequential:
+def mlp(
+    stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, layer_norm=False
+) -> nn.Sequential:
     """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
 
     The norm has no scale and shift of its own: the linear layer behind it has them already, and a
@@ -114,8 +102,30 @@ class Critic(nn.Module):
 # endregion networks
 
 
+# region ranges
+RANGES = {  # of the settings, ends included; a script adds its own
+    "seed": (0, 2**31),
+    "eval_interval": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "num_updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "hidden_dims": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "gamma": (0, 1),
+    "tau": (0, 1),
+}
+
+
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion ranges
+
+
 # region mpe
-COLLECTOR = "collect_mpe.py"  # in data/, makes the datasets
 LEARNERS = 3  # three agents are trained in every task; in tag and world a fourth is the prey
 SOLID, FOOD, FOREST = 0.2, 0.03, 0.3  # radii of the landmarks in tag and world
 LANDMARK_SIZES = {
@@ -123,16 +133,16 @@ LANDMARK_SIZES = {
     "simple_tag": (SOLID, SOLID),
     "simple_world": (SOLID, FOOD, FOOD, FOREST, FOREST),
 }
-REFERENCE_RETURNS = {  # (random, expert) of the public data, OMAR (ICML 2022): scores 0 and 100
-    "simple_spread": (159.8, 516.8),
-    "simple_tag": (-4.1, 185.6),
-    "simple_world": (-6.8, 79.5),
+PUBLIC_RETURNS = {  # mean returns of the public data, five seeds; OMAR (ICML 2022)
+    "simple_spread": {"expert": 516.8, "medium": 259.9, "medium-replay": 194.2, "random": 159.8},
+    "simple_tag": {"expert": 185.6, "medium": 88.7, "medium-replay": 14.2, "random": -4.1},
+    "simple_world": {"expert": 79.5, "medium": 43.3, "medium-replay": 3.5, "random": -6.8},
 }
 
 
 def normalized_score(task: str, returns):
     """Score on the field's scale: 0 for the public random data, 100 for its expert data."""
-    low, high = REFERENCE_RETURNS[task]
+    low, high = PUBLIC_RETURNS[task]["random"], PUBLIC_RETURNS[task]["expert"]
     return 100 * (returns - low) / (high - low)
 
 
@@ -156,7 +166,7 @@ class MPE:
     """
 
     horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
-    num_agents, action_dims = LEARNERS, (2,) * LEARNERS
+    num_agents, action_dims, collector = LEARNERS, (2,) * LEARNERS, "collect_mpe.py"
 
     def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
         self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
@@ -213,7 +223,7 @@ class MPE:
         return np.stack(everything).astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Advance one step under `action` (N, K, 2).
+        """Advance one step under `action` (N, K, 2); (A, K, 2) where no policy steers the prey.
 
         Returns the next observations (N, K, obs_dim) and each learner's reward (N, K).
         """
@@ -250,12 +260,26 @@ class MPE:
         return np.tile(shared, (LEARNERS, 1))
 
 
-def load_prey(path: Path, obs_dim: int):
-    """The prey of simple_tag or simple_world, a function (1, K, obs_dim) -> (1, K, 2).
+def find_prey(task: str, data_dir: Path):
+    """The prey in data_dir/task, a function (1, K, obs_dim) -> (1, K, 2); None for simple_spread.
 
-    Reads OMAR's `pretrained_adv_model.pt`, whose batch norm is folded into the first layer, or this
-    project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
+    OMAR's `pretrained_adv_model.pt` if it is there, its batch norm folded into the first layer;
+    else this project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
     """
+    if task == "simple_spread":
+        return None
+    paths = [data_dir / task / name for name in ("pretrained_adv_model.pt", "prey.npz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        stop(
+            f"{data_dir / task} holds no prey, which {task} needs: "
+            f"run `python data/{MPE.collector} --task {task}` or `bash data/download.sh {task}`"
+        )
+    return load_prey(path, MPE(task, 1).observe([LEARNERS]).shape[-1])
+
+
+def load_prey(path: Path, obs_dim: int):
+    """One prey file as `find_prey` returns it; see there."""
     try:
         if path.suffix == ".pt":
             agents = torch.load(path, map_location="cpu", weights_only=True)["agent_params"]
@@ -269,34 +293,20 @@ def load_prey(path: Path, obs_dim: int):
             with np.load(path, allow_pickle=False) as net:
                 layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
         layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
-        if len(layers[0][0]) != obs_dim:
-            raise ValueError(
-                f"it takes {len(layers[0][0])} numbers, and this task's sees {obs_dim}"
-            )
+
+        def prey_policy(obs: np.ndarray) -> np.ndarray:
+            for weight, bias in layers[:-1]:
+                obs = np.maximum(obs @ weight + bias, 0)
+            weight, bias = layers[-1]
+            return np.tanh(obs @ weight + bias)
+
+        if not np.isfinite(
+            prey_policy(np.zeros((1, 1, obs_dim), np.float32)).reshape(1, 1, 2)
+        ).all():
+            raise ValueError("its actions are not finite")
     except Exception as problem:
-        stop(f"{path} cannot be read as a prey", problem)
-
-    def prey_policy(obs: np.ndarray) -> np.ndarray:
-        for weight, bias in layers[:-1]:
-            obs = np.maximum(obs @ weight + bias, 0)
-        weight, bias = layers[-1]
-        return np.tanh(obs @ weight + bias)
-
+        stop(f"{path} cannot be used as a prey", problem)
     return prey_policy
-
-
-def find_prey(task: str, data_dir: Path):
-    """The prey that stands in data_dir/task, the original if there are both; None for spread."""
-    if task == "simple_spread":
-        return None
-    for name in ("pretrained_adv_model.pt", "prey.npz"):
-        if (data_dir / task / name).is_file():
-            obs_dim = MPE(task, 1).observe([LEARNERS]).shape[-1]
-            return load_prey(data_dir / task / name, obs_dim)
-    stop(
-        f"{data_dir / task} holds no prey, which {task} needs: "
-        f"run `python data/{COLLECTOR} --task {task}` or `bash data/download.sh {task}`"
-    )
 
 
 # endregion mpe
@@ -309,14 +319,14 @@ class Behavior(nn.Module):
         super().__init__()
         self.net = mlp((num_agents,), obs_dim, hidden_dims, action_dim)
 
-    def act(self, obs: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
+    def act(self, obs: torch.Tensor, noise_sd: float = 0.0) -> torch.Tensor:
         """(N, B, obs_dim) -> actions (N, B, action_dim) in [-1, 1]."""
         action = self.net(obs).tanh()
-        return (action + noise * torch.randn_like(action)).clamp(-1, 1)
+        return (action + noise_sd * torch.randn_like(action)).clamp(-1, 1)
 
 
 @torch.no_grad()
-def roll_out(env: MPE, policy: Behavior | None, noise: float) -> dict[str, np.ndarray]:
+def roll_out(env: MPE, policy: Behavior | None, noise_sd: float) -> dict[str, np.ndarray]:
     """Play one batch of episodes; a policy of None acts uniformly at random.
 
     Returns float32 arrays (N, K * 25, ...), episode after episode, under OMAR's file names.
@@ -326,7 +336,7 @@ def roll_out(env: MPE, policy: Behavior | None, noise: float) -> dict[str, np.nd
         if policy is None:
             action = 2 * torch.rand(env.num_agents, env.num_episodes, 2) - 1
         else:
-            action = policy.act(torch.from_numpy(obs), noise)
+            action = policy.act(torch.from_numpy(obs), noise_sd)
         next_obs, reward = env.step(action.numpy())
         rows.append((obs, action.numpy(), reward, next_obs, np.zeros_like(reward)))
         obs = next_obs
@@ -346,7 +356,8 @@ def load_behavior(task: str, quality: str, env: MPE) -> list[Behavior | None]:
     """The policies whose roll-outs make up a dataset, in the order of training; None is random.
 
     data/behavior/<task>.npz holds `replay_<k>`, `medium_<k>` and `expert_<k>`: parameter k, weights
-    and biases in turn, of that stage's snapshots, (snapshots, N, ...) in float16.
+    and biases in turn, of that stage's snapshots, (snapshots, N, ...) in float16, and in
+    `<stage>_step` the environment steps that they were trained for.
     """
     if quality == "random":
         return [None]
@@ -363,6 +374,19 @@ def load_behavior(task: str, quality: str, env: MPE) -> list[Behavior | None]:
     return policies
 
 
+def check_args(args: Args) -> None:
+    """End the program with one line about the first setting out of range."""
+    for name, value, low, step in (
+        ("seed", args.seed, 0, 1),
+        ("num-transitions", args.num_transitions, MPE.horizon, MPE.horizon),
+        ("train-steps", args.train_steps, 2_500, 2_500),
+    ):
+        if not low <= value < 2**31 or value % step:
+            stop(f"--{name} is {value}; it must be a multiple of {step}, {low} or more")
+    if not 0 <= args.noise <= 1:
+        stop(f"--noise is {args.noise}; it must be from 0 to 1")
+
+
 def install_prey(task: str, data_dir: Path) -> str:
     """Put this project's prey into data_dir/task unless a prey is there; say which one it is."""
     if task == "simple_spread":
@@ -373,7 +397,8 @@ def install_prey(task: str, data_dir: Path) -> str:
     if not (folder / "prey.npz").is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(BEHAVIOR_DIR / f"{task}_prey.npz", folder / "prey.npz")
+            shutil.copy(BEHAVIOR_DIR / f"{task}_prey.npz", folder / "prey.npz.tmp")
+            (folder / "prey.npz.tmp").replace(folder / "prey.npz")
         except OSError as problem:
             stop(f"the prey of {task} cannot be copied to {folder}", problem)
     return "this project's fit of OMAR's, prey.npz"
@@ -382,47 +407,39 @@ def install_prey(task: str, data_dir: Path) -> str:
 def write_files(folder: Path, args: Args, policies: list, prey_policy) -> np.ndarray:
     """Roll the policies out for equal shares of the episodes into OMAR's files; return returns."""
     torch.manual_seed(args.seed)
-    T, files, returns = args.num_transitions, {}, []
-    shares = np.diff(np.linspace(0, T // MPE.horizon, len(policies) + 1).astype(int))
-    chunks = [  # of at most 4,000 episodes, which keeps memory low
+    num_episodes = args.num_transitions // MPE.horizon
+    shares = np.diff(np.linspace(0, num_episodes, len(policies) + 1).astype(int))
+    parts = [  # of at most 4,000 episodes, which keeps memory low
         (policy, min(4_000, share - start))
         for policy, share in zip(policies, shares, strict=True)
         for start in range(0, share, 4_000)
     ]
-    first = 0
-    for k, (policy, num_episodes) in enumerate(tqdm(chunks, desc="roll-outs", disable=None)):
-        env = MPE(args.task, num_episodes, (args.seed, k), prey_policy)
-        data = roll_out(env, policy, args.noise)
-        last = first + num_episodes * env.horizon
-        for name, column in data.items():
-            for i, values in enumerate(column):
-                path = folder / f"{name}_{i}.npy"
-                if path not in files:
-                    shape = (T, *values.shape[1:])
-                    files[path] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
-                files[path][first:last] = values
-        first = last
-        returns.append(episode_returns(data["rews"]))
-    for file in files.values():
-        file.flush()
-    return np.concatenate(returns)
+    chunks = []
+    for k, (policy, size) in enumerate(tqdm(parts, desc="roll-outs", disable=None)):
+        env = MPE(args.task, size, (args.seed, k), prey_policy)
+        chunks.append(roll_out(env, policy, args.noise))
+    for name in chunks[0]:
+        for i in range(MPE.num_agents):
+            np.save(
+                folder / f"{name}_{i}.npy", np.concatenate([chunk[name][i] for chunk in chunks])
+            )
+    return np.concatenate([episode_returns(chunk["rews"]) for chunk in chunks])
 
 
 def collect(args: Args) -> dict:
     """Write one dataset and return its card; a collection that is stopped leaves nothing behind."""
+    check_args(args)
     prey = install_prey(args.task, args.data_dir)
     folder = args.data_dir / args.task / args.quality / f"seed_{args.seed}_data"
     if folder.exists():
-        stop(f"{folder} exists; delete it first or choose another --data-dir")
-    if args.num_transitions < MPE.horizon or args.num_transitions % MPE.horizon or args.seed < 0:
-        stop("--num-transitions must be a multiple of 25, --seed 0 or more")
+        stop(f"{folder} is there already, and is left as it is; --data-dir can name another place")
     prey_policy = find_prey(args.task, args.data_dir)
     policies = load_behavior(args.task, args.quality, MPE(args.task, 1))
     behaviour = f"{len(policies)} snapshots of MATD3" if policies[1:] else "one snapshot of MATD3"
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         returns = write_files(temporary, args, policies, prey_policy)
         card = {
             "dataset": f"{args.task}, {args.quality}, seed {args.seed}",
@@ -432,7 +449,7 @@ def collect(args: Args) -> dict:
             "episodes": len(returns),
             "return mean": round(float(returns.mean()), 2),
             "return sd": round(float(returns.std()), 2),
-            "public data's return mean": PUBLIC_RETURNS[args.task][QUALITIES.index(args.quality)],
+            "public data's return mean": PUBLIC_RETURNS[args.task][args.quality],
             "command": f"python data/collect_mpe.py --task {args.task} --quality {args.quality} "
             f"--seed {args.seed} --num-transitions {args.num_transitions} --noise {args.noise}",
             "versions": f"torch {torch.__version__}, numpy {np.__version__}",
@@ -445,9 +462,10 @@ def collect(args: Args) -> dict:
     except OSError as problem:
         stop(f"{folder} cannot be written", problem)
     except KeyboardInterrupt:
-        stop("stopped; no dataset was written")
+        raise SystemExit("stopped; no dataset was written") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
     return card
 
 
@@ -461,6 +479,7 @@ def train_behavior(args: Args) -> None:
     `load_behavior` reads it: the first policy to reach the public expert's return, on the way the
     one nearest to the public medium's, and up to 12 from the start to that medium, evenly apart.
     """
+    check_args(args)
     torch.manual_seed(args.seed)
     num_envs, batch_size, gamma, tau, reward_scale = 100, 512, 0.95, 0.01, 0.1
     warm_up, recent, check_interval = 20_000, 300_000, 5_000
@@ -506,7 +525,7 @@ def train_behavior(args: Args) -> None:
                 for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
                     target.lerp_(source, tau)
 
-    _, _, medium, expert = PUBLIC_RETURNS[args.task]
+    medium, expert = (PUBLIC_RETURNS[args.task][quality] for quality in ("medium", "expert"))
     buffer, snapshots, returns, step = {}, [], [], 0
     with tqdm(total=args.train_steps, unit="step", unit_scale=True, desc=args.task) as bar:
         while not returns or returns[-1] < expert:
@@ -549,11 +568,14 @@ def train_behavior(args: Args) -> None:
 
 def main(args: Args) -> None:
     """Train behaviour policies, or write a dataset and print its card."""
-    if args.train:
-        train_behavior(args)
-    else:
+    if not args.train:
         for key, value in collect(args).items():
             print(f"{key:>26}: {value}")
+        return
+    try:
+        train_behavior(args)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; no behaviour policies were saved") from None
 
 
 if __name__ == "__main__":

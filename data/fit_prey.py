@@ -94,7 +94,9 @@ def fit(args: Args, original) -> None:
     for k, layer in enumerate(layers):
         arrays[f"weight_{k}"] = layer.weight.detach().T.half().numpy()
         arrays[f"bias_{k}"] = layer.bias.detach().half().numpy()
-    np.savez_compressed(BEHAVIOR_DIR / f"{args.task}_prey.npz", **arrays)
+    path = BEHAVIOR_DIR / f"{args.task}_prey.npz"
+    np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
+    path.with_suffix(".tmp.npz").replace(path)
 
 
 def check(args: Args, original, ours) -> list[dict]:

@@ -84,10 +84,10 @@ def test_policy_loss_by_hand():
     policy, batch = MeanFlowPolicy(N, 2, 2, (16,)), make_batch()
     values = torch.linspace(-1, 2, 2 * N * B).view(2, N, B)
     scale = torch.ones((), requires_grad=True)
-    loss, flow, q_term = policy_loss(policy, lambda *_: scale * values, batch, Args(q_weight=3.0))
+    loss, flow, mean_q = policy_loss(policy, lambda *_: scale * values, batch, Args(q_weight=3.0))
     q = (values[0] + values[1]) / 2
     expected = sum(agent.sum() / agent.abs().sum() for agent in q)
-    torch.testing.assert_close(q_term, expected)
+    torch.testing.assert_close(mean_q, values.mean())
     torch.testing.assert_close(loss, flow - 3.0 * expected)
     loss.backward()
     torch.testing.assert_close(scale.grad, -3.0 * expected)  # zero without sg

@@ -258,7 +258,20 @@ def test_the_command_for_a_missing_prey_helps(make_data, tmp_path):
     assert find_prey("simple_tag", tmp_path) is not None
 
 
+def odd_shape(path):
+    """A prey whose second layer does not take what its first gives, in the format of the path."""
+    if path.suffix == ".npz":
+        arrays = dict(np.load(path))
+        np.savez(path, **{**arrays, "weight_1": arrays["weight_1"][:-1]})
+    else:
+        checkpoint = torch.load(path, weights_only=True)
+        policy = checkpoint["agent_params"][-1]["policy"]
+        policy["fc2.weight"] = policy["fc2.weight"][:, :-1]
+        torch.save(checkpoint, path)
+
+
 BAD_PREY = {
+    "odd shape": odd_shape,
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"\x00\xffgarbage" * 9),
     "text": lambda path: path.write_text("<html>404: Not Found</html>\n"),
@@ -280,7 +293,7 @@ def test_bad_prey_is_refused(case, name, tmp_path):
     BAD_PREY[case](path)
     message = refusal(find_prey, "simple_tag", tmp_path)
     assert str(path) in message
-    assert "cannot be read" in message
+    assert "cannot be used as a prey" in message
     assert not (path.parent / "executed").exists()
 
 

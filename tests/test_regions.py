@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("om2p_*.py", "baselines/*.py", "data/collect_*.py")
 SCRIPTS = [path.relative_to(ROOT) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-FRAME = {"args", "stop", "dataset", "evaluate", "save", "setup", "loop"}
+FRAME = {"args", "ranges", "dataset", "evaluate", "write", "setup", "prepare", "loop"}
 EXPECTED = {  # exactly these; a baseline has FRAME and its suite's environment, and may have more
     "om2p_mpe": FRAME | {"networks", "om2p", "mpe"},
     "om2p_mamujoco": FRAME | {"networks", "om2p", "mamujoco"},
-    "collect_mpe": {"stop", "networks", "mpe"},
-    "collect_mamujoco": {"stop", "networks", "mamujoco"},
+    "collect_mpe": {"ranges", "networks", "mpe"},
+    "collect_mamujoco": {"ranges", "networks", "mamujoco"},
 }
 
 

@@ -14,7 +14,7 @@ N, B = 2, 256  # of the tests with two modes
 
 @pytest.fixture
 def train(make_data, tmp_path):
-    """A function that trains a small team on tiny data; returns the checkpoint's modules."""
+    """A function that trains a small team on tiny data; returns the checkpoint's states."""
     for seed in (0, 1):
         make_data(tmp_path / "data", seed=seed)
     number = itertools.count()
@@ -32,7 +32,7 @@ def train(make_data, tmp_path):
             **settings,
         )
         om2p_mpe.train(args)
-        return load_checkpoint(args.run_dir)["modules"]
+        return load_checkpoint(args.run_dir)["states"]
 
     return run
 
@@ -127,7 +127,7 @@ def test_divergence_stops_the_run(train, monkeypatch, tmp_path, value):
     assert "update 6" in message
     checkpoint = load_checkpoint(tmp_path / "run-0")
     assert checkpoint["step"] == 3
-    assert all(value.isfinite().all() for value in checkpoint["modules"]["policy"].values())
+    assert all(value.isfinite().all() for value in checkpoint["states"]["policy"].values())
 
 
 def train_policy(modes, critic, q_weight, updates, seed=0):
