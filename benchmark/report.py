@@ -119,7 +119,8 @@ def sweep_table() -> str:
     for row in read("sweep.csv"):
         column = f"{row['task']} {row['quality']}"
         columns += [column] if column not in columns else []
-        change = f"`{row['setting']}` {row['value']}" if row["setting"] else "the defaults"
+        default = f"the defaults, seed {row['seed']}"
+        change = f"`{row['setting']}` {row['value']}" if row["setting"] else default
         groups["the data"][column] = row["data_score"]
         groups[change][column] = row["score"]
     rows = [

@@ -52,12 +52,14 @@ def sweep_grid() -> list[dict]:
         "delta": ("0.001", "0.05"),
         "derivative": ("jvp",),
         "hidden-dims": ("64 64", "256 256"),
+        "box": ("penalty", "straight-through"),
     }
-    changes = [("", ""), *((name, value) for name in values for value in values[name])]
+    changes = [("", "", seed) for seed in range(3)]  # how much seeds differ
+    changes += [(name, value, 0) for name in values for value in values[name]]
     datasets = [("simple_spread", "medium"), ("simple_tag", "medium-replay")]
     return [
-        {"task": task, "quality": quality, "seed": 0, "setting": name, "value": value}
-        for (name, value), (task, quality) in product(changes, datasets)
+        {"task": task, "quality": quality, "seed": seed, "setting": name, "value": value}
+        for (name, value, seed), (task, quality) in product(changes, datasets)
     ]
 
 
@@ -80,7 +82,8 @@ class Args:
 
 def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     """The cell's command line, and its run directory."""
-    words = [sys.executable, str(ROOT / "om2p_mpe.py"), "--resume"]
+    script = ROOT / ("benchmark/box.py" if cell.get("setting") == "box" else "om2p_mpe.py")
+    words = [sys.executable, str(script), "--resume"]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
     names, values = cell.get("setting", "").split(), cell.get("value", "").split()
     if len(names) == len(values):
@@ -93,10 +96,8 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     run_dir = args.run_dir / args.grid / ("-".join([*names, *values]) or "defaults")
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]
     words += ["--eval-episodes", "1000"]  # a standard error of 3 on simple_spread, for a second
-    return (
-        words,
-        run_dir / f"{cell['task']}-{cell['quality']}" / "om2p_mpe" / f"seed-{cell['seed']}",
-    )
+    run_dir = run_dir / f"{cell['task']}-{cell['quality']}" / script.stem
+    return words, run_dir / f"seed-{cell['seed']}"
 
 
 def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarray:
@@ -171,16 +172,22 @@ def main(args: Args) -> None:
             collect = [sys.executable, str(ROOT / "data" / "collect_mpe.py"), "--task", task]
             collect += ["--quality", quality, "--seed", str(seed), "--data-dir", str(args.data_dir)]
             subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
-    done = {}
+    done, failed = {}, []
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = {pool.submit(run, cell): k for k, cell in enumerate(cells)}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
-            done[jobs[job]] = job.result()
+            try:
+                done[jobs[job]] = job.result()
+            except subprocess.CalledProcessError as problem:
+                failed.append(" ".join(problem.cmd))
+                continue
             finished = [done[k] for k in sorted(done)]
             write_table(results / f"{args.grid}.csv", [row for row, _ in finished])
             write_table(
                 results / f"{args.grid}_curves.csv", [point for _, c in finished for point in c]
             )
+    if failed:
+        raise SystemExit("\n".join(["error: these runs have failed, see their log.txt:", *failed]))
     machine = {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -98,6 +98,26 @@ def test_evaluation_leaves_the_random_state():
     assert not np.array_equal(evaluate(policy, env, seed=1), first)
 
 
+def test_timeout_done_marks_last_steps(train, monkeypatch, tmp_path):
+    """With --timeout-done `done` is 1 in an episode's 25th row, and 0 elsewhere."""
+    seen, real = [], om2p_mpe.critic_loss
+
+    def watched(critic, target_critic, policy, batch, gamma):
+        seen.append((batch["obs"][0], batch["done"]))
+        return real(critic, target_critic, policy, batch, gamma)
+
+    monkeypatch.setattr(om2p_mpe, "critic_loss", watched)
+    train()
+    assert all((done == 0).all() for _, done in seen)
+    seen.clear()
+    train(timeout_done=True)
+    rows = torch.from_numpy(np.load(tmp_path / "data/simple_spread/expert/seed_0_data/obs_0.npy"))
+    for obs, done in seen:
+        index = (obs[:, None] == rows).all(dim=-1).float().argmax(dim=1)
+        assert (done == (index % 25 == 24)).all()
+    assert sum(done.sum() for _, done in seen) > 0
+
+
 def test_target_critic_moves_by_tau(train):
     """One update moves the target critic the share tau of the way to the updated critic."""
     runs = [train(num_updates=1, tau=tau) for tau in (0.0, 0.25, 1.0)]
