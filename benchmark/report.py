@@ -163,17 +163,21 @@ def learning_curves() -> None:
     figure.savefig(ROOT / "benchmark" / "figures" / "learning_curves.png", dpi=110)
 
 
-def main() -> None:
-    """Rewrite the README's tables and the figure."""
-    tables = {
+def tables() -> dict[str, str]:
+    """The README's tables by name."""
+    return {
         "data": data_table(),
         "prey": prey_table(),
         "main": f"{main_table()}\n\n{machine_line('main')}.",
         "sweep": f"{sweep_table()}\n\n{machine_line('sweep')}.",
     }
+
+
+def main() -> None:
+    """Rewrite the README's tables and the figure."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in tables.items():
+    for name, table in tables().items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
         if count != 1:
