@@ -137,7 +137,9 @@ def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
         "seconds": round(float(history[-1]["seconds"])),
     }
     curve = [
-        {**cell, "step": step["step"], "score": round(float(step["score"]), 2)} for step in history
+        {**cell, "step": step["step"]}
+        | {key: round(float(step[key]), 3) for key in ("score", "mean_flow")}
+        for step in history
     ]
     return row, curve
 
