@@ -153,7 +153,7 @@ class Critic(nn.Module):
 class MeanFlowPolicy(nn.Module):
     """The mean velocity u(x_r, r, t | o) of every agent's flow, and one-step actions with it.
 
-    Geng et al. (2025), equation 3, with noise at time 0, data at 1, and u evaluated at the start r.
+    As in Geng et al. (2025), but with noise at time 0, data at 1, and u taken at the start r.
     """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
@@ -198,7 +198,7 @@ def mean_flow_loss(
     delta: float = 1e-2,
     derivative: str = "finite-difference",
 ) -> torch.Tensor:
-    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025, eq. 11).
+    """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025).
 
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
     As a difference quotient it is OM2P's derivative-free estimate. Shapes as in `forward`; mean
