@@ -20,6 +20,7 @@ independently. In shapes: N agents, B batch, E critics, K episodes, T transition
     tensorboard --logdir runs
 """
 
+# region imports
 import io
 import json
 import math
@@ -42,6 +43,8 @@ import tyro
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# endregion imports
 
 
 @dataclass
@@ -67,26 +70,32 @@ class Args:
     timeout_done: bool = False
     """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
     # endregion args
+    # region args_mpe
     task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
     """the task"""
     eval_interval: int = 500
     """updates between evaluations, each with a checkpoint, 1 or more"""
     eval_episodes: int = 100
     """episodes per evaluation, always from the same initial states, 1 or more"""
+    # endregion args_mpe
 
     # OM2P
-    num_updates: int = 6_000
+    # region args_training
+    num_updates: int = 4_000
     """gradient steps, 1 or more"""
-    batch_size: int = 256
+    batch_size: int = 128
     """transitions of every agent in an update, 1 or more"""
     hidden_dims: tuple[int, ...] = (128, 128)
-    """widths of the hidden layers of policy and critic"""
-    learning_rate: float = 1e-3
+    """widths of the networks' hidden layers"""
+    learning_rate: float = 3e-3
     """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
+    # endregion args_training
+    # region args_critic
     gamma: float = 0.95
     """discount factor, 0 to 1"""
     tau: float = 0.005
-    """update rate of the target critic, 0 to 1"""
+    """update rate of target networks, 0 to 1"""
+    # endregion args_critic
     q_weight: float = 4.0
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
     time_alpha: float = 1.0
@@ -147,6 +156,31 @@ class Critic(nn.Module):
 
 
 # endregion networks
+
+
+# region td
+def critic_loss(
+    critic: nn.Module,
+    target_critic: nn.Module,
+    policy: nn.Module,
+    batch: dict,
+    gamma: float,
+    aggregate: Callable = torch.mean,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temporal-difference loss, sum over critics and agents, mean over the batch; and Q (2, N, B).
+
+    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient; aggregate=torch.amin
+    takes the smaller critic's value (TD3). The batch holds obs, next_obs (N, B, obs_dim), action
+    (N, B, action_dim), reward and done (N, B).
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"]))
+        target = batch["reward"] + gamma * (1 - batch["done"]) * aggregate(next_q, dim=0)
+    q = critic(batch["obs"], batch["action"])
+    return F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum(), q
+
+
+# endregion td
 
 
 # region om2p
@@ -216,28 +250,12 @@ def mean_flow_loss(
     return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
 
 
-def critic_loss(
-    critic: nn.Module, target_critic: nn.Module, policy: nn.Module, batch: dict, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Temporal-difference loss, sum over critics and agents, mean over the batch; and the mean Q.
-
-    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient. The batch holds obs,
-    next_obs (N, B, obs_dim), action (N, B, action_dim), reward and done (N, B).
-    """
-    with torch.no_grad():
-        next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"])).mean(dim=0)
-        target = batch["reward"] + gamma * (1 - batch["done"]) * next_q
-    q = critic(batch["obs"], batch["action"])  # (2, N, B)
-    loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum()
-    return loss, q.detach().mean()
-
-
 def policy_loss(
     policy: nn.Module, critic: nn.Module, batch: dict, args: Args
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """OM2P's objective, L_meanflow - q_weight E[Q(o, a_pi)] / sg(E|Q|), sum over agents.
 
-    The batch is `critic_loss`'s. Also returns L_meanflow and the mean Q of the policy's actions.
+    The batch is `critic_loss`'s. Also returns L_meanflow and the mean Q of a_pi, for the log.
     """
     obs, action = batch["obs"], batch["action"]
     r, t = sample_times(
@@ -247,7 +265,8 @@ def policy_loss(
     flow = mean_flow_loss(policy, obs, action, noise, r, t, args.delta, args.derivative)
     q = critic(obs, policy.act(obs)).mean(dim=0)  # (2, N, B) -> (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
-    return flow - args.q_weight * q_term, flow.detach(), q.detach().mean()
+    loss = flow - args.q_weight * q_term
+    return loss, {"mean_flow": flow.detach(), "policy_q": q.detach().mean()}
 
 
 # endregion om2p
@@ -262,8 +281,6 @@ RANGES = {  # of the settings, ends included; a script adds its own
     "batch_size": (1, math.inf),
     "hidden_dims": (1, math.inf),
     "learning_rate": (0, math.inf),
-    "gamma": (0, 1),
-    "tau": (0, 1),
 }
 
 
@@ -275,8 +292,8 @@ def stop(message: str, problem: Exception | None = None) -> NoReturn:
 
 # endregion ranges
 
-RANGES |= {"q_weight": (0, math.inf), "flow_ratio": (0, 1), "delta": (1e-6, 0.5)}
-RANGES |= {"time_alpha": (1e-3, 1e3), "time_beta": (1e-3, 1e3)}
+RANGES |= {"gamma": (0, 1), "tau": (0, 1), "q_weight": (0, math.inf), "flow_ratio": (0, 1)}
+RANGES |= {"time_alpha": (1e-3, 1e3), "time_beta": (1e-3, 1e3), "delta": (1e-6, 0.5)}
 
 
 # region dataset
@@ -625,6 +642,7 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
     # endregion prepare
 
     policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    # region update
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     target_critic = deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
@@ -640,17 +658,17 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        losses = {"critic": loss.detach(), "data_q": q}
+        losses = {"critic": loss.detach(), "data_q": q.detach().mean()}
 
-        # Policy: mean-flow matching, and up the critic; the critic's own gradient is not needed
+        # Policy: like the data, and up the critic, whose own gradient is not needed
         critic.requires_grad_(False)
-        loss, flow, policy_q = policy_loss(policy, critic, batch, args)
+        loss, parts = policy_loss(policy, critic, batch, args)
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
         policy_schedule.step()
         critic.requires_grad_(True)
-        losses |= {"policy": loss.detach(), "mean_flow": flow, "policy_q": policy_q}
+        losses |= {"policy": loss.detach(), **parts}
 
         # Target critic
         with torch.no_grad():
@@ -666,6 +684,7 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
         "critic_optimizer": critic_optimizer,
         "policy_schedule": policy_schedule,
     }
+    # endregion update
 
     # region loop
     script = Path(__file__)

@@ -2,58 +2,125 @@
 
     python benchmark/report.py
 
-A table stands in the README between `<!-- table NAME -->` and `<!-- end -->` and is replaced there.
-The learning curves of the default command go to benchmark/figures/learning_curves.png.
+A table stands in the README between `<!-- table NAME -->` and `<!-- end -->` and is replaced there;
+figures go to benchmark/figures/. What has no results yet is named, and left as it is.
 """
 
 import csv
+import importlib.util
 import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from om2p_mpe import PUBLIC_RETURNS  # noqa: E402
 
+README = ROOT / "README.md"
 RESULTS = ROOT / "benchmark" / "results"
+FIGURES = ROOT / "benchmark" / "figures"
+TASKS = tuple(PUBLIC_RETURNS)
 QUALITIES = ("expert", "medium", "medium-replay", "random")
-PUBLISHED = {  # normalized scores on the public data, same order; MADiff (NeurIPS 2024), Table 1
-    "MA-TD3+BC": {
-        "simple_spread": (108.3, 29.3, 15.4, 9.8),
-        "simple_tag": (115.2, 65.1, 28.7, 5.7),
-        "simple_world": (110.3, 73.4, 17.4, 2.8),
-    },
-    "OMAR": {
-        "simple_spread": (114.9, 47.9, 37.9, 34.4),
-        "simple_tag": (116.2, 66.7, 47.1, 11.1),
-        "simple_world": (110.4, 74.6, 42.9, 5.9),
-    },
-    "MADiff-D": {
-        "simple_spread": (95.0, 64.9, 30.3, 6.9),
-        "simple_tag": (120.9, 77.2, 62.3, 3.2),
-        "simple_world": (122.6, 123.5, 57.1, 2.0),
-    },
+DATASETS = tuple(product(TASKS, QUALITIES))
+METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figures
+    "om2p": ("OM2P", "#D55E00", "-"),
+    "bc": ("BC", "#999999", "--"),
+    "td3_bc": ("MA-TD3+BC", "#0072B2", "-"),
+    "omar": ("OMAR", "#56B4E9", "--"),
+    "diffusion_ql": ("Diffusion-QL", "#009E73", "-"),
+    "dom2": ("DOM2", "#000000", "--"),
+    "flow_ql": ("Flow-QL", "#CC79A7", "-"),
+    "fql": ("FQL", "#E69F00", "--"),
 }
+PUBLISHED = """
+BC|35.0 / 31.6 / 10.0 / -0.5|40.0 / 22.5 / 0.9 / 1.2|33.0 / 25.3 / 2.3 / -2.4|[1]
+MA-ICQ|104.0 / 29.3 / 13.6 / 6.3|113.0 / 63.3 / 34.5 / 2.2|109.5 / 71.9 / 12.0 / 1.0|[1]
+MA-TD3+BC|108.3 / 29.3 / 15.4 / 9.8|115.2 / 65.1 / 28.7 / 5.7|110.3 / 73.4 / 17.4 / 2.8|[1]
+MA-CQL|98.2 / 34.1 / 20.0 / 24.0|93.9 / 61.7 / 24.8 / 5.0|71.9 / 58.6 / 29.6 / 0.6|[1]
+OMAR|114.9 / 47.9 / 37.9 / 34.4|116.2 / 66.7 / 47.1 / 11.1|110.4 / 74.6 / 42.9 / 5.9|[1]
+MADiff-D|95.0 / 64.9 / 30.3 / 6.9|120.9 / 77.2 / 62.3 / 3.2|122.6 / 123.5 / 57.1 / 2.0|[1]
+DOM2†|131.3 / 55.8 / 46.0 / 49.9|138.7 / 84.3 / 81.5 / 112.2|123.2 / 105.8 / 84.2 / 54.2|[2]
+CFCQL|112 / 65.0 / 52.2 / 62.2|- / 68.5 / 71.1 / 78.5|- / - / - / -|[3]
+MAC-Flow|101.7 / 80.1 / 50.4 / 31.1|- / - / - / -|- / - / - / -|[4]
+CoFlow-D†|110.6 / 50.8 / 33.1 / 14.4|139.4 / 96.1 / 83.9 / 7.9|148.1 / 125.6 / 67.0 / 25.0|[5]
+"""
+SOURCES = {
+    "[1]": "[MADiff](https://arxiv.org/abs/2305.17330) (NeurIPS 2024), Table 1, in part from OMAR",
+    "[2]": "[2307.01472](https://arxiv.org/abs/2307.01472)",
+    "[3]": "CFCQL (NeurIPS 2023)",
+    "[4]": "[2511.05005](https://arxiv.org/abs/2511.05005), via MoSDOT",
+    "[5]": "[2605.01457](https://arxiv.org/abs/2605.01457)",
+}
+
+
+# Rows and numbers
 
 
 def read(name: str) -> list[dict]:
     """The rows of a result file."""
-    with (RESULTS / name).open() as file:
+    with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def interval(values, draws: int = 10_000) -> str:
-    """Mean and 95 % bootstrap interval, as text."""
-    values = np.array(values, dtype=float)
+def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of some columns; an empty list where there are none."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def numbers(rows: list[dict], key: str) -> list[float]:
+    """A column of the rows."""
+    return [float(row[key]) for row in rows]
+
+
+def averages(cells: dict, method: str, key: str = "score") -> list[float]:
+    """A method's average over the datasets, one for every seed that has them all.
+
+    `cells` are the rows by method, task and quality.
+    """
+    columns = [{row["seed"]: float(row[key]) for row in cells[method, *d]} for d in DATASETS]
+    seeds = sorted(set.intersection(*map(set, columns)))
+    return [np.mean([column[seed] for column in columns]) for seed in seeds]
+
+
+def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
+    """The ends of the mean's 95 % bootstrap interval (percentiles)."""
     means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return f"{values.mean():.1f} [{low:.1f}, {high:.1f}]"
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def mean(values: list[float]) -> str:
+    """The mean as text, never -0.0; a dash if there is nothing."""
+    return f"{round(float(np.mean(values)), 1) + 0.0:.1f}" if values else "-"
+
+
+def estimate(values: list[float]) -> str:
+    """Mean ± half the width of the 95 % interval; one value alone; a dash if there is none."""
+    if len(values) < 2:
+        return mean(values)
+    low, high = interval(values)
+    return f"{mean(values)} ± {mean([(high - low) / 2])}"
+
+
+def highlight(columns: list[list[float]], text: Callable) -> list[str]:
+    """`text` of every list of values; the highest means, equal as printed, are bold."""
+    best = max((float(mean(values)) for values in columns if values), default=None)
+    return [
+        f"**{text(values)}**" if values and float(mean(values)) == best else text(values)
+        for values in columns
+    ]
 
 
 def markdown(header: tuple, rows: list) -> str:
@@ -62,22 +129,40 @@ def markdown(header: tuple, rows: list) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def main_groups() -> dict:
-    """The rows of main.csv by (task, quality)."""
-    groups = defaultdict(list)
-    for row in read("main.csv"):
-        groups[row["task"], row["quality"]].append(row)
-    return groups
+def machine_line(grid: str) -> str:
+    """What a grid ran on, and how long a run took."""
+    machine = json.loads((RESULTS / f"{grid}.json").read_text())
+    minutes = np.median(numbers(read(f"{grid}.csv"), "seconds")) / 60
+    place = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    workers = f"{machine['workers']} runs at a time" if machine["workers"] else "runs spread by Ray"
+    return (
+        f"{machine['processor']}, {machine['cores']} cores{place}, {workers} with one thread each, "
+        f"torch {machine['torch']}; median {minutes:.1f} minutes a run."
+    )
+
+
+# Tables
+
+
+def mpe_cells() -> tuple[dict, dict, dict]:
+    """The grid mpe: rows by method, task and quality; one a seed of every dataset; methods' names.
+
+    A method without any row is left out.
+    """
+    rows = read("mpe.csv")
+    cells, present = group(rows, "method", "task", "quality"), group(rows, "method")
+    data = {(row["task"], row["quality"], row["seed"]): row for row in rows}
+    names = {method: look[0] for method, look in METHODS.items() if (method,) in present}
+    return cells, group(data.values(), "task", "quality"), names
 
 
 def data_table() -> str:
     """Returns of our datasets beside the public ones."""
+    _, data, _ = mpe_cells()
     rows = []
-    for (task, quality), group in main_groups().items():
-        ours = np.mean([float(row["data_return"]) for row in group])
-        sd = np.mean([float(row["data_sd"]) for row in group])
-        public = PUBLIC_RETURNS[task][quality]
-        rows.append((task, quality, f"{ours:.1f} ± {sd:.1f}", public))
+    for task, quality in filter(data.get, DATASETS):
+        ours, sd = (mean(numbers(data[task, quality], key)) for key in ("data_return", "data_sd"))
+        rows.append((task, quality, f"{ours} ± {sd}", PUBLIC_RETURNS[task][quality]))
     return markdown(("task", "quality", "ours, mean ± sd", "public, mean"), rows)
 
 
@@ -87,103 +172,247 @@ def prey_table() -> str:
     return markdown(tuple(read("prey_simple_tag.csv")[0]), rows)
 
 
-def main_table() -> str:
-    """OM2P's final results, and published scores on the public data as context."""
-    rows, scores = [], []
-    for (task, quality), group in main_groups().items():
-        scores.append([[float(row[key]) for row in group] for key in ("data_score", "score")])
-        published = (PUBLISHED[name][task][QUALITIES.index(quality)] for name in PUBLISHED)
-        rows.append(
-            (
-                task,
-                quality,
-                f"{np.mean(scores[-1][0]):.1f}",
-                "**" + interval(scores[-1][1]) + "**",
-                f"{np.mean([float(row['return']) for row in group]):.1f}",
-                f"{np.mean([float(row['best_score']) for row in group]):.1f}",
-                *published,
-            )
+def dataset_rows(key: str, text: Callable) -> list[tuple]:
+    """A row for every dataset: the data's `key` and that of every method, the highest bold."""
+    cells, data, names = mpe_cells()
+    return [
+        (
+            *dataset,
+            mean(numbers(data[dataset], f"data_{key}")),
+            *highlight([numbers(cells[method, *dataset], key) for method in names], text),
         )
-    data, ours = np.array(scores).mean(axis=(0, 2))
-    averages = (np.mean([*PUBLISHED[name].values()]) for name in PUBLISHED)
-    rows.append(
-        ("average", "", f"{data:.1f}", f"**{ours:.1f}**", "", "", *(f"{a:.1f}" for a in averages))
-    )
-    header = ("task", "data", "data's score", "OM2P, score", "raw return", "best score")
-    return markdown((*header, *PUBLISHED), rows)
-
-
-def sweep_table() -> str:
-    """Scores of the sweep, a row for every change of a setting."""
-    groups, columns = defaultdict(dict), []
-    for row in read("sweep.csv"):
-        column = f"{row['task']} {row['quality']}"
-        columns += [column] if column not in columns else []
-        default = f"the defaults, seed {row['seed']}"
-        change = f"`{row['setting']}` {row['value']}" if row["setting"] else default
-        groups["the data"][column] = row["data_score"]
-        groups[change][column] = row["score"]
-    rows = [
-        (change, *(f"{float(scores[column]):.1f}" for column in columns))
-        for change, scores in groups.items()
+        for dataset in DATASETS
     ]
-    return markdown(("changed setting", *columns), rows)
 
 
-def machine_line(grid: str) -> str:
-    """What a grid ran on, and how long a run took."""
-    machine = json.loads((RESULTS / f"{grid}.json").read_text())
-    seconds = np.median([float(row["seconds"]) for row in read(f"{grid}.csv")])
+def mpe_table() -> str:
+    """Final scores of all methods on all datasets, and the seeds behind them where they differ."""
+    cells, data, names = mpe_cells()
+    means = highlight([averages(cells, method) for method in names], estimate)
+    rows = [*dataset_rows("score", estimate), ("average", "", data_average(data), *means)]
+    table = markdown(("task", "data", "data's score", *names.values()), rows)
+    counts = {method: {len(cells[method, *d]) for d in DATASETS} for method in names}
+    lines = [table, machine_line("mpe")]
+    if len(set().union(*counts.values())) > 1:
+        ranges = {m: " to ".join(map(str, sorted({min(n), max(n)}))) for m, n in counts.items()}
+        seeds = ", ".join(f"{names[method]} {text}" for method, text in ranges.items())
+        lines.append(f"Seeds so far: {seeds}; averages are over those that have all datasets.")
+    return "\n\n".join(lines)
+
+
+def data_average(data: dict) -> str:
+    """The average of the data's scores, each dataset counting once; a dash if one is missing."""
+    scores = [numbers(data[dataset], "data_score") for dataset in DATASETS]
+    return mean([np.mean(values) for values in scores]) if all(scores) else "-"
+
+
+def results_line(method: str) -> str:
+    """A method's final scores in one line."""
+    cells, _, _ = mpe_cells()
+    tasks = (
+        f"{task} {' / '.join(mean(numbers(cells[method, task, q], 'score')) for q in QUALITIES)}"
+        for task in TASKS
+    )
+    average = estimate(averages(cells, method))
+    return f"*Results*, {' / '.join(QUALITIES)}: {', '.join(tasks)}; average {average}."
+
+
+def details_table() -> str:
+    """What a method's runs end with, reach in between, and take."""
+    cells, _, names = mpe_cells()
+    rows = []
+    for method, name in names.items():
+        runs = [row for dataset in DATASETS for row in cells[method, *dataset]]
+        scores = (estimate(averages(cells, method, key)) for key in ("score", "best_score"))
+        updates = ", ".join(f"{count:,}" for count in sorted({int(r["updates"]) for r in runs}))
+        seconds = np.median(numbers(runs, "seconds"))
+        rows.append((name, *scores, f"{seconds:.0f}", updates, len(runs)))
+    header = ("method", "final score", "best score during training", "median seconds")
+    return markdown((*header, "updates", "runs"), rows)
+
+
+def returns_table() -> str:
+    """Final returns, mean over the seeds."""
+    header = ("task", "data", "data's return", *mpe_cells()[2].values())
+    return markdown(header, dataset_rows("return", mean))
+
+
+def published_table() -> str:
+    """Scores on the public data, from papers."""
+    rows = []
+    for line in PUBLISHED.strip().splitlines():
+        method, *scores, source = (cell.strip() for cell in line.split("|"))
+        values = " / ".join(scores).split(" / ")
+        average = "-" if "-" in values else mean([float(value) for value in values])
+        rows.append((method, *scores, average, source))
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['workers']} runs at a time "
-        f"with one thread each, torch {machine['torch']}; median {seconds / 60:.1f} minutes a run"
+        f"{markdown(('method', *TASKS, 'average', 'source'), rows)}\n\n"
+        f"Each cell: {' / '.join(QUALITIES)}. Context, not a comparison: these are on the public "
+        f"data, ours on data made anew. †: converted from the returns that the paper prints. "
+        f"Sources: {', '.join(f'{mark} {text}' for mark, text in SOURCES.items())}."
     )
 
 
-def learning_curves() -> None:
-    """Draw the scores of the three seeds during training, and the data's mean as a line."""
-    mpl.use("Agg")
-    groups, curves = main_groups(), defaultdict(list)
-    for row in read("main_curves.csv"):
-        curves[row["task"], row["quality"], row["seed"]].append((row["step"], row["score"]))
-    tasks = list(PUBLIC_RETURNS)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 3.1), layout="constrained")
-    for task, panel in zip(tasks, axes, strict=True):
-        for k, quality in enumerate(QUALITIES):
-            runs = [np.array(c, float) for key, c in curves.items() if key[:2] == (task, quality)]
-            steps, scores = runs[0][:, 0], np.stack([run[:, 1] for run in runs])
-            panel.plot(steps, scores.mean(axis=0), color=f"C{k}", label=quality)
-            panel.fill_between(steps, scores.min(0), scores.max(0), color=f"C{k}", alpha=0.2)
-            data = np.mean([float(row["data_score"]) for row in groups[task, quality]])
-            panel.axhline(data, color=f"C{k}", ls=":", lw=1)
-        panel.set(title=task, xlabel="update")
-    axes[0].set_ylabel("normalized score")
-    axes[0].legend(fontsize=7)
-    (ROOT / "benchmark" / "figures").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "benchmark" / "figures" / "learning_curves.png", dpi=110)
+def change(setting: str, value: str) -> str:
+    """A cell's change from the defaults, as on its command line."""
+    pairs = zip(setting.split(), value.split(), strict=True)
+    return " ".join(f"--{name} {value}" for name, value in pairs)
+
+
+@cache
+def is_default(method: str, words: str) -> bool:
+    """Whether these words of a command line are no change of the method's script."""
+    path = ROOT / ("om2p_mpe.py" if method == "om2p" else f"baselines/{method}_mpe.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return tyro.cli(script.Args, args=words.split()) == script.Args()
+
+
+def tune_table() -> str:
+    """The settings tried for every method, the best of each and the chosen default marked."""
+    rows = read("tune.csv")
+    datasets, table = list(group(rows, "task", "quality")), []
+    for (method,), runs in group(rows, "method").items():
+        tried, means = [], []
+        for (setting, value), cells in group(runs, "setting", "value").items():
+            by_data = group(cells, "task", "quality")
+            scores = [numbers(by_data[dataset], "score") for dataset in datasets]
+            words = change(setting, value)
+            mark = ", the default" if is_default(method, words) else ""
+            tried.append((f"`{words}`{mark}", *map(mean, scores)))
+            means.append([np.mean([*map(np.mean, scores)])] if all(scores) else [])
+        for k, (cells, average) in enumerate(zip(tried, highlight(means, mean), strict=True)):
+            table.append(("" if k else METHODS[method][0], *cells, average))
+    header = ("method", "changed setting", *map(" ".join, datasets), "mean")
+    return f"{markdown(header, table)}\n\n{machine_line('tune')}"
+
+
+def ablation_table() -> str:
+    """Scores of OM2P with one of its ideas changed, in several steps, and of the data.
+
+    The defaults' runs are those of the grid mpe.
+    """
+    rows = read("ablation.csv")
+    datasets = list(group(rows, "task", "quality"))
+    kept = [row for row in read("mpe.csv") if row["method"] == "om2p"]
+    changes = {"the defaults": kept}
+    for (setting, value), runs in group(rows, "setting", "value").items():
+        changes[f"`{change(setting, value)}`"] = runs
+    if (RESULTS / "steps.csv").exists():
+        for (steps,), runs in group(read("steps.csv"), "steps").items():
+            changes |= {f"the defaults, acting in {steps} steps": runs} if steps != "1" else {}
+    table = []
+    for name, runs in changes.items():
+        cells = group(runs, "task", "quality")
+        table.append((name, *(estimate(numbers(cells[dataset], "score")) for dataset in datasets)))
+    cells = group(kept, "task", "quality")
+    table.append(("the data", *(mean(numbers(cells[d], "data_score")) for d in datasets)))
+    header = ("changed setting", *map(" ".join, datasets))
+    return f"{markdown(header, table)}\n\n{machine_line('ablation')}"
+
+
+TABLES = {  # name -> function and the file that it needs
+    "data": (data_table, "mpe.csv"),
+    "prey": (prey_table, "prey_simple_tag.csv"),
+    "mpe": (mpe_table, "mpe.csv"),
+    "mpe_details": (details_table, "mpe.csv"),
+    "returns": (returns_table, "mpe.csv"),
+    "published": (published_table, ""),
+    "tune": (tune_table, "tune.csv"),
+    "ablation": (ablation_table, "ablation.csv"),
+    **{f"results_{method}": (partial(results_line, method), "mpe.csv") for method in METHODS},
+}
 
 
 def tables() -> dict[str, str]:
-    """The README's tables by name."""
-    return {
-        "data": data_table(),
-        "prey": prey_table(),
-        "main": f"{main_table()}\n\n{machine_line('main')}.",
-        "sweep": f"{sweep_table()}\n\n{machine_line('sweep')}.",
-    }
+    """The README's tables by name, those that have results."""
+    return {name: table() for name, (table, file) in TABLES.items() if (RESULTS / file).exists()}
+
+
+# Figures
+
+
+def learning_curves() -> None:
+    """Draw the scores during training, mean over the seeds; OM2P with the range of its seeds."""
+    _, data, names = mpe_cells()
+    curves = group(read("mpe_curves.csv"), "method", "task", "quality")
+    figure, axes = plt.subplots(3, 4, figsize=(9, 7), sharex=True, layout="constrained")
+    for dataset, panel in zip(DATASETS, axes.flat, strict=True):
+        for method, name in names.items():
+            points = sorted((int(r["step"]), float(r["score"])) for r in curves[method, *dataset])
+            steps = sorted({step for step, _ in points})
+            scores = [[score for s, score in points if s == step] for step in steps]
+            style = {"color": METHODS[method][1], "ls": METHODS[method][2], "lw": 1.3}
+            style |= {"lw": 2.8, "zorder": 3} if method == "om2p" else {}
+            panel.plot(steps, [*map(np.mean, scores)], label=name, **style)
+            if method == "om2p":
+                low, high = [*map(min, scores)], [*map(max, scores)]
+                panel.fill_between(steps, low, high, color=style["color"], alpha=0.25, lw=0)
+        if data[dataset]:
+            height = np.mean(numbers(data[dataset], "data_score"))
+            panel.axhline(height, color="0.2", ls=":", lw=1.5, label="the data")
+        panel.set_title(" ".join(dataset), fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    plt.setp(axes[-1], xlabel="updates")
+    plt.setp(axes[:, 0], ylabel="normalised score")
+    lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(FIGURES / "learning_curves.png", dpi=140)
+    plt.close(figure)
+
+
+def average_bars() -> None:
+    """Draw every method's average over the datasets with its interval, and the data's."""
+    cells, data, names = mpe_cells()
+    bars = [(name, method, averages(cells, method)) for method, name in names.items()]
+    bars = sorted((bar for bar in bars if bar[2]), key=lambda bar: np.mean(bar[2]))
+    if not bars:
+        print("averages.png is left as it is: no method has all datasets yet")
+        return
+    figure, panel = plt.subplots(figsize=(9, 1 + 0.36 * len(bars)), layout="constrained")
+    for k, (_, method, values) in enumerate(bars):
+        center, (low, high) = np.mean(values), interval(values)
+        color = METHODS[method][1] if method == "om2p" else "#8FA8BF"
+        panel.barh(k, center, 0.7, color=color)
+        panel.errorbar(center, k, xerr=[[center - low], [high - center]], color="k", capsize=3)
+        place = {"textcoords": "offset points", "va": "center"}
+        panel.annotate(mean(values), (max(high, 0), k), (5, 0), **place)
+    if (average := data_average(data)) != "-":
+        panel.axvline(float(average), color="0.2", ls=":")
+        note = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        panel.annotate(f"the data {average}", (float(average), 1), **note)
+    panel.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    panel.margins(x=0.08)
+    panel.set_xlabel("normalised score, average over the twelve datasets")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURES / "averages.png", dpi=140)
+    plt.close(figure)
 
 
 def main() -> None:
-    """Rewrite the README's tables and the figure."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in tables().items():
+    """Rewrite the README's tables, line counts and figures, and name what has no results."""
+    mpl.use("Agg")
+    text, found = README.read_text(), tables()
+    for name, table in found.items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
         if count != 1:
             raise SystemExit(f"error: README.md has {count} places for the table {name}")
-    readme.write_text(text)
-    learning_curves()
+    lines = re.compile(r"^(\| \[`([^`]+)`\].*\| )\d+ \|$", flags=re.M)  # of every script
+    README.write_text(
+        lines.sub(lambda m: f"{m[1]}{(ROOT / m[2]).read_text().count(chr(10))} |", text)
+    )
+    missing = [f"{name} (no {TABLES[name][1]})" for name in TABLES if name not in found]
+    if "mpe" in found and (RESULTS / "mpe_curves.csv").exists():
+        FIGURES.mkdir(exist_ok=True)
+        learning_curves()
+        average_bars()
+    else:
+        missing.append("the figures (no mpe.csv or mpe_curves.csv)")
+    if missing:
+        print(f"left as they are: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""Run a grid of trainings in a pool of worker processes and tabulate their results.
+"""Run a grid of trainings, several at a time, and tabulate their results.
 
-    python benchmark/run.py --grid main        # the three tasks, four qualities, three seeds
-    python benchmark/run.py --grid sweep       # one setting at a time, half the updates
-    python benchmark/run.py --grid longer      # simple_spread expert with 11,000 updates
-    python benchmark/run.py --grid sweep --dry-run          # only print the cells' commands
+    python benchmark/run.py --grid mpe          # eight methods, twelve datasets, five seeds
+    python benchmark/run.py --grid tune         # four values of every method's main setting
+    python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
+    python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
 
-A cell is one run of one script. A finished cell is never run again and a stopped one goes on from
-its checkpoint, so the same command continues a grid. Results go to benchmark/results/: <grid>.csv
-with a row per finished cell, <grid>_curves.csv with its evaluations, and <grid>.json with the
-machine. `benchmark/report.py` makes the README's tables and figures of them.
+A cell is one run of one script. A finished cell, one with a row in the results, is never run again,
+and a stopped one goes on from its checkpoint: the same command continues a grid. Results go to
+benchmark/results/: <grid>.csv with a row per finished cell, <grid>_curves.csv with its evaluations,
+and <grid>.json with the machine. `benchmark/report.py` makes the README's tables and figures.
+
+`--ray ADDRESS` hands the cells to a Ray cluster instead (`pip install -r requirements-ray.txt`;
+`--ray local` starts one here, `--ray auto` finds the one that `ray start` has). Its machines must
+all see this folder, --run-dir and --data-dir under the same paths.
 """
 
 import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,80 +39,115 @@ from om2p_mpe import MIXTURES, normalized_score  # noqa: E402
 
 TASKS = ("simple_spread", "simple_tag", "simple_world")
 QUALITIES = ("expert", "medium", "medium-replay", "random")
-SWEEP_UPDATES = 3_000  # half the default, which is enough to rank settings
+METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
+SEEDS = range(5)
+KEEP_MEMORY = {  # glibc returns large tensors to the system at each update: a fifth of CQL's time
+    f"MALLOC_{name}_THRESHOLD_": str(2**31 - 1) for name in ("MMAP", "TRIM")
+}
+TUNING_UPDATES = 2_000  # half the default, which is enough to rank settings
+TUNING_DATA = (("simple_spread", "medium"), ("simple_tag", "medium-replay"))  # narrow and broad
+TUNING = {  # values of what matters most in each method, and another step size
+    "om2p": {"q-weight": ("1", "2", "4", "8", "16"), "learning-rate": ("0.001",)},
+    "bc": {"learning-rate": ("0.003", "0.001")},
+    "td3_bc": {"q-weight": ("1", "2.5", "5", "10", "20"), "learning-rate": ("0.001",)},
+    "omar": {
+        "omar-coe": ("0.3", "0.7", "0.9", "1"),
+        "cql-alpha": ("0.1",),
+        "learning-rate": ("0.001",),
+    },
+    "diffusion_ql": {"q-weight": ("1", "2", "4", "8"), "learning-rate": ("0.001",)},
+    "flow_ql": {"q-weight": ("1", "2", "4", "8", "16", "32"), "learning-rate": ("0.001",)},
+    "fql": {"q-weight": ("0.3", "1", "3", "10", "30"), "learning-rate": ("0.001",)},
+    "dom2": {
+        "q-weight": ("1", "2", "4", "8"),
+        "cql-alpha": ("0.1",),
+        "return-quantiles": ("0.5",),
+        "learning-rate": ("0.001",),
+    },
+}
+ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
+    "derivative": ("jvp",),
+    "variant": ("no-derivative", "released", "penalty"),
+    "flow-ratio": ("0", "0.75", "1"),
+    "time-alpha time-beta": ("0.5 1", "0.3 1", "2 2"),
+    "q-weight": ("0",),
+}
 
 
-def main_grid() -> list[dict]:
-    """OM2P with its defaults on every dataset, three seeds."""
+def cell(method: str, task: str, quality: str, seed: int, setting="", value="") -> dict:
+    """One run: a method on a dataset, and what is changed from its defaults."""
+    keys = ("method", "task", "quality", "seed", "setting", "value")
+    return dict(zip(keys, (method, task, quality, seed, setting, value), strict=True))
+
+
+def mpe_grid() -> list[dict]:
+    """Every method with its defaults on every dataset."""
     return [
-        {"task": task, "quality": quality, "seed": seed}
-        for seed, task, quality in product(range(3), TASKS, QUALITIES)
+        cell(method, task, quality, seed)
+        for seed, task, quality, method in product(SEEDS, TASKS, QUALITIES, METHODS)
     ]
 
 
-def sweep_grid() -> list[dict]:
-    """The defaults with one setting changed at a time, on a narrow and on a broad dataset."""
-    values = {
-        "q-weight": ("0", "1", "8"),
-        "flow-ratio": ("0", "0.75"),
-        "time-alpha time-beta": ("0.3 1",),
-        "hidden-dims": ("64 64",),
-        "delta": ("0.001",),
-        "box": ("penalty",),
-        "derivative": ("jvp",),
-    }
-    changes = [("", ""), *((name, value) for name in values for value in values[name])]
-    datasets = [("simple_spread", "medium"), ("simple_tag", "medium-replay")]
+def tune_grid() -> list[dict]:
+    """Values of every method's settings, one changed at a time, half the updates, one seed."""
     return [
-        {"task": task, "quality": quality, "seed": 0, "setting": name, "value": value}
-        for (name, value), (task, quality) in product(changes, datasets)
+        cell(method, *data, 0, setting, value)
+        for method, settings in TUNING.items()
+        for setting, values in settings.items()
+        for value, data in product(values, TUNING_DATA)
     ]
 
 
-def longer_grid() -> list[dict]:
-    """The one dataset that the defaults do not beat, with more updates."""
+def ablation_grid() -> list[dict]:
+    """OM2P with one of its ideas changed."""
     return [
-        {
-            "task": "simple_spread",
-            "quality": "expert",
-            "seed": seed,
-            "setting": "num-updates",
-            "value": "11000",
-        }
-        for seed in range(2)
+        cell("om2p", *data, seed, setting, value)
+        for seed, (setting, values) in product(SEEDS, ABLATION.items())
+        for value, data in product(values, TUNING_DATA)
     ]
 
 
-GRIDS = {"main": main_grid, "sweep": sweep_grid, "longer": longer_grid}
+GRIDS = {"mpe": mpe_grid, "tune": tune_grid, "ablation": ablation_grid}
 
 
 @dataclass
 class Args:
-    grid: str = "main"
-    """main, sweep or longer"""
+    grid: str = "mpe"
+    """mpe, tune or ablation"""
     workers: int = 2
     """trainings at a time, one thread each"""
     run_dir: Path = Path("runs/benchmark")
-    """where the runs go; keep it, and the grid continues"""
+    """where the runs go; keep it, and stopped cells go on from their checkpoints"""
     data_dir: Path = Path("data")
     """folder of the datasets; what is missing is made"""
+    results_dir: Path = ROOT / "benchmark" / "results"
+    """where the tables go, and where finished cells are looked up"""
+    device: str = "cpu"
+    """of the trainings: cpu, cuda"""
+    num_updates: int | None = None
+    """gradient steps of every cell, in place of the grid's"""
+    ray: str | None = None
+    """address of a Ray cluster, `auto` or `local`, to run the cells there instead"""
+    ray_cpus: float = 1
+    """processors that a cell reserves in the Ray cluster"""
+    ray_gpus: float = 0
+    """GPUs that a cell reserves in the Ray cluster; fractions share one"""
     dry_run: bool = False
     """print the commands and stop"""
 
 
 def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     """The cell's command line, and its run directory."""
-    script = ROOT / ("benchmark/box.py" if cell.get("setting") == "box" else "om2p_mpe.py")
-    words = [sys.executable, str(script), "--resume"]
+    script = ROOT / "baselines" / f"{cell['method']}_mpe.py"
+    if cell["method"] == "om2p":
+        script = ROOT / ("benchmark/variants.py" if cell["setting"] == "variant" else "om2p_mpe.py")
+    words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
-    names, values = cell.get("setting", "").split(), cell.get("value", "").split()
-    if len(names) == len(values):
-        for name, value in zip(names, values, strict=True):
-            words += [f"--{name}", value]
-    else:
-        words += [f"--{names[0]}", *values]
-    if args.grid == "sweep":
-        words += ["--num-updates", str(SWEEP_UPDATES), "--eval-interval", str(SWEEP_UPDATES)]
+    names, values = cell["setting"].split(), cell["value"].split()
+    for name, value in zip(names, values, strict=True):
+        words += [f"--{name}", value]
+    num_updates = args.num_updates or (TUNING_UPDATES if args.grid == "tune" else None)
+    words += [] if num_updates is None else ["--num-updates", str(num_updates)]
     run_dir = args.run_dir / args.grid / ("-".join([*names, *values]) or "defaults")
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]
     words += ["--eval-episodes", "1000"]  # a standard error of 3 on simple_spread, for a second
@@ -125,16 +166,21 @@ def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarr
     return np.concatenate(returns)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a csv file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def run(cell: dict, args: Args) -> tuple[dict, list[dict]]:
+    """Train a cell, unless it has been, and return its row and its learning curve.
 
-
-def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
-    """The row of a finished cell, and its learning curve."""
+    Raises RuntimeError with the last line of the training's log if it fails.
+    """
+    words, folder = command(cell, args)
+    if not (folder / "final_returns.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
+        with (folder / "log.txt").open("a+") as log:
+            status = subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
+            log.seek(0)
+            if status:
+                last = ["an empty log", *log.read().splitlines()][-1]
+                raise RuntimeError(f"exit status {status}, {last}")
     with (folder / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
     task, final = cell["task"], float(np.load(folder / "final_returns.npy").mean())
@@ -150,12 +196,48 @@ def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
         "updates": history[-1]["step"],
         "seconds": round(float(history[-1]["seconds"])),
     }
-    curve = [
-        {**cell, "step": step["step"]}
-        | {key: round(float(step[key]), 3) for key in ("score", "mean_flow")}
-        for step in history
-    ]
+    curve = [{**cell, "step": r["step"], "score": round(float(r["score"]), 2)} for r in history]
     return row, curve
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a csv file, none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a csv file, in one piece."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def name(row: dict) -> tuple:
+    """What tells a cell, or its row in a table, from the others."""
+    keys = ("method", "task", "quality", "seed", "setting", "value")
+    return tuple(str(row[key]) for key in keys)
+
+
+def join_ray(args: Args) -> Callable[[dict], Future]:
+    """Join a Ray cluster; a function that hands it a cell and returns the future of `run`."""
+    try:
+        import ray
+
+        # PYTHONPATH: `run` is sent to the workers, the module om2p_mpe that it needs is not
+        ray.init(args.ray, runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:${{PYTHONPATH}}"}})
+    except ImportError:
+        raise SystemExit("error: --ray needs `pip install -r requirements-ray.txt`") from None
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        raise SystemExit(f"error: --ray {args.ray} cannot be joined: {reason}") from None
+    remote = ray.remote(num_cpus=args.ray_cpus, num_gpus=args.ray_gpus)(run)
+    return lambda cell: remote.remote(cell, args).future()
 
 
 def processor() -> str:
@@ -167,50 +249,66 @@ def processor() -> str:
 
 
 def main(args: Args) -> None:
-    """Run what is not finished, and write the table after every cell."""
+    """Run what is not finished, and write the tables after every cell."""
+    if args.grid not in GRIDS:
+        raise SystemExit(f"error: --grid is {args.grid}; it must be one of {', '.join(GRIDS)}")
+    args.run_dir, args.data_dir = args.run_dir.resolve(), args.data_dir.resolve()
     cells = GRIDS[args.grid]()
     if args.dry_run:
-        print("\n".join(" ".join(command(cell, args)[0]) for cell in cells))
+        print("\n".join(shlex.join(command(cell, args)[0]) for cell in cells))
         return
-    results = ROOT / "benchmark" / "results"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def run(cell: dict) -> tuple[dict, list[dict]]:
-        words, folder = command(cell, args)
-        if not (folder / "final_returns.npy").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "log.txt").open("a") as log:
-                subprocess.run(words, env=environment, stdout=log, stderr=log, check=True)
-        return result(cell, folder, args)
-
-    for task, quality, seed in {(c["task"], c["quality"], c["seed"]) for c in cells}:
+    paths = args.results_dir / f"{args.grid}.csv", args.results_dir / f"{args.grid}_curves.csv"
+    rows = {name(row): row for row in read_table(paths[0])}
+    curves: dict[tuple, list] = {}
+    for point in read_table(paths[1]):
+        curves.setdefault(name(point), []).append(point)
+    missing = [cell for cell in cells if name(cell) not in rows]
+    if not missing:
+        print(f"all {len(cells)} runs of the grid {args.grid} are finished")
+        return
+    pool = ThreadPoolExecutor(args.workers)
+    submit = join_ray(args) if args.ray else lambda cell: pool.submit(run, cell, args)
+    for task, quality, seed in sorted({(c["task"], c["quality"], c["seed"]) for c in missing}):
         if not (args.data_dir / task / quality / f"seed_{seed}_data").is_dir():
             collect = [sys.executable, str(ROOT / "data" / "collect_mpe.py"), "--task", task]
             collect += ["--quality", quality, "--seed", str(seed), "--data-dir", str(args.data_dir)]
-            subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
+            if subprocess.run(collect, stdout=subprocess.DEVNULL).returncode:
+                raise SystemExit(f"error: this has failed: {shlex.join(collect)}")
+    has_gpu = args.device.startswith("cuda") and torch.cuda.is_available()
     machine = {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "workers": args.workers,
+        "workers": None if args.ray else args.workers,
         "threads per worker": 1,
+        "device": torch.cuda.get_device_name(args.device) if has_gpu else args.device,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    (results / f"{args.grid}.json").write_text(json.dumps(machine, indent=2) + "\n")
-    done, failed = {}, []
-    with ThreadPoolExecutor(args.workers) as pool:
-        jobs = {pool.submit(run, cell): k for k, cell in enumerate(cells)}
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    (args.results_dir / f"{args.grid}.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+    jobs, failed = {submit(cell): cell for cell in missing}, []
+    order = [name(cell) for cell in cells]
+    bar = tqdm(total=len(cells), initial=len(cells) - len(missing), unit="run")
+    try:
+        for job in as_completed(jobs):
+            bar.update()
             try:
-                done[jobs[job]] = job.result()
-            except subprocess.CalledProcessError as problem:
-                failed.append(" ".join(problem.cmd))
+                row, curve = job.result()
+            except Exception as problem:
+                reason = str(getattr(problem, "cause", problem))  # Ray wraps the training's
+                words = shlex.join(command(jobs[job], args)[0])
+                failed.append(f"{words}: {reason}".splitlines()[0])
                 continue
-            finished = [done[k] for k in sorted(done)]
-            write_table(results / f"{args.grid}.csv", [row for row, _ in finished])
-            write_table(
-                results / f"{args.grid}_curves.csv", [point for _, c in finished for point in c]
-            )
+            rows[name(row)], curves[name(row)] = row, curve
+            # The row last: it is what makes a cell finished
+            write_table(paths[1], [p for key in order if key in rows for p in curves[key]])
+            write_table(paths[0], [rows[key] for key in order if key in rows])
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    finally:
+        bar.close()
+        pool.shutdown(wait=False, cancel_futures=True)  # what has not started does not start
     if failed:
         raise SystemExit("\n".join(["error: these runs have failed, see their log.txt:", *failed]))
 

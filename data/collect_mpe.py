@@ -111,8 +111,6 @@ RANGES = {  # of the settings, ends included; a script adds its own
     "batch_size": (1, math.inf),
     "hidden_dims": (1, math.inf),
     "learning_rate": (0, math.inf),
-    "gamma": (0, 1),
-    "tau": (0, 1),
 }
 
 

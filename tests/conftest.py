@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, the repository's scripts importable, and tiny datasets."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
 torch.set_num_threads(1)
 
 
@@ -42,6 +43,30 @@ def refusal(function, *args):
     assert message.startswith("error: ")
     assert "\n" not in message
     return message
+
+
+POLICIES = {  # of the baselines
+    "bc": "DeterministicPolicy",
+    "td3_bc": "DeterministicPolicy",
+    "omar": "DeterministicPolicy",
+    "diffusion_ql": "DiffusionPolicy",
+    "dom2": "ScorePolicy",
+    "flow_ql": "FlowPolicy",
+    "fql": "OneStepPolicy",
+}
+
+
+def make_policy(name: str, obs_dim: int = 3, widths=(16, 8)):
+    """A baseline's policy of two agents with two-dimensional actions, and its default steps."""
+    return getattr(importlib.import_module(f"{name}_mpe"), POLICIES[name])(2, obs_dim, 2, widths)
+
+
+@pytest.fixture
+def double():
+    """Numbers are float64 by default, so that formulas can be compared to many digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -24,24 +24,29 @@ def make_critic(obs, action):
     return torch.stack([obs[..., 0] + 2 * action[..., 1], 3 * obs[..., 1] - action[..., 0]])
 
 
-def test_target_by_hand():
-    """y = r + gamma (1 - done) mean_k Q'_k(o', a'); batch mean, sum over critics and agents."""
+@pytest.mark.parametrize(
+    ("options", "agg"), [((), lambda *q: sum(q) / 2), ((torch.amin,), min)], ids=["mean", "amin"]
+)
+def test_target_by_hand(options, agg):
+    """y = r + gamma (1 - done) agg_k Q'_k(o', a'); batch mean, sum over critics and agents."""
     batch = make_batch()
     policy = SimpleNamespace(act=lambda obs: obs.tanh())
     q = torch.full((2, 1, 1), 0.5).expand(2, N, B).clone()
     q[1] = -1.0
-    loss, mean_q = critic_loss(lambda obs, action: q, make_critic, policy, batch, GAMMA)
+    loss, found = critic_loss(lambda *_: q, make_critic, policy, batch, GAMMA, *options)
 
-    expected = 0.0
+    expected, smaller = 0.0, set()
     for i in range(N):
         for k in range(B):
             o = batch["next_obs"][i, k]
             a = o.tanh()
-            next_q = ((o[0] + 2 * a[1]) + (3 * o[1] - a[0])) / 2
-            y = batch["reward"][i, k] + (0.0 if k % 2 else GAMMA * next_q)
+            next_q = (o[0] + 2 * a[1], 3 * o[1] - a[0])
+            y = batch["reward"][i, k] + (0.0 if k % 2 else GAMMA * agg(*next_q))
             expected += ((0.5 - y) ** 2 + (-1.0 - y) ** 2) / B
+            smaller.add(bool(next_q[0] < next_q[1]) if k % 2 == 0 else None)
     torch.testing.assert_close(loss, expected)
-    assert mean_q == -0.25
+    assert found is q
+    assert smaller == {True, False, None}  # neither critic is the smaller one everywhere
 
 
 def test_only_the_critic_gets_a_gradient():
@@ -84,10 +89,12 @@ def test_policy_loss_by_hand():
     policy, batch = MeanFlowPolicy(N, 2, 2, (16,)), make_batch()
     values = torch.linspace(-1, 2, 2 * N * B).view(2, N, B)
     scale = torch.ones((), requires_grad=True)
-    loss, flow, mean_q = policy_loss(policy, lambda *_: scale * values, batch, Args(q_weight=3.0))
+    loss, parts = policy_loss(policy, lambda *_: scale * values, batch, Args(q_weight=3.0))
     q = (values[0] + values[1]) / 2
     expected = sum(agent.sum() / agent.abs().sum() for agent in q)
-    torch.testing.assert_close(mean_q, values.mean())
-    torch.testing.assert_close(loss, flow - 3.0 * expected)
+    assert parts.keys() == {"mean_flow", "policy_q"}
+    torch.testing.assert_close(parts["policy_q"], values.mean())
+    torch.testing.assert_close(loss, parts["mean_flow"] - 3.0 * expected)
+    assert not any(part.requires_grad for part in parts.values())
     loss.backward()
     torch.testing.assert_close(scale.grad, -3.0 * expected)  # zero without sg

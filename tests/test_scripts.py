@@ -8,12 +8,16 @@ import ast
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
+from typing import get_origin
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ SCRIPTS = sorted(ROOT.glob("om2p_*.py")) + sorted((ROOT / "baselines").glob("*.p
 TASKS = {"mpe": "simple_spread"}  # by the end of a script's name
 TINY = {"num_updates": 6, "eval_interval": 3, "eval_episodes": 4, "batch_size": 16}
 TINY |= {"hidden_dims": (16, 16), "device": "cpu"}
+OWN_TINY = {"dom2_mpe": {"score_dims": (16, 8)}}  # in addition, by the script's name
 
 
 def flags(**settings):
@@ -41,6 +46,14 @@ def copy_alone(path, folder):
     folder.mkdir()
     (folder / path.name).write_bytes(path.read_bytes())
     return folder / path.name
+
+
+def load(path):
+    """Import a script by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python(script, *line):
@@ -62,13 +75,14 @@ def data(make_data, tmp_path_factory):
 def script(request, tmp_path_factory):
     """The path of a script copied alone into a folder, and the task it is tested on."""
     path = copy_alone(request.param, tmp_path_factory.mktemp("script") / "alone")
-    return SimpleNamespace(path=path, task=TASKS[path.stem.rsplit("_", 1)[1]])
+    tiny = TINY | OWN_TINY.get(path.stem, {})
+    return SimpleNamespace(path=path, task=TASKS[path.stem.rsplit("_", 1)[1]], tiny=tiny)
 
 
 @pytest.fixture(scope="module")
 def run(script, data):
     """The one run of a script in its own process: the process and the run directory."""
-    line = flags(task=script.task, quality="expert", data_dir=data, **TINY)
+    line = flags(task=script.task, quality="expert", data_dir=data, **script.tiny)
     process = python(script.path, *line)
     assert process.returncode == 0, process.stderr
     folder = script.path.parent / "runs" / f"{script.task}-expert" / script.path.stem / "seed-0"
@@ -81,14 +95,12 @@ def train(script, data, tmp_path):
 
     Attributes: `module`, the script; `folder`, the run directory.
     """
-    spec = importlib.util.spec_from_file_location(script.path.stem, script.path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(script.path)
 
     def function(**changes):
         settings = {"task": script.task, "data_dir": data, "run_dir": tmp_path / "runs"}
         torch.manual_seed(99)  # whatever the state was, the run's own seed decides
-        return module.train(module.Args(**settings | TINY | changes))
+        return module.train(module.Args(**settings | script.tiny | changes))
 
     function.module = module
     function.folder = tmp_path / "runs" / f"{script.task}-expert" / script.path.stem / "seed-0"
@@ -190,10 +202,11 @@ def test_last_line(run):
 
 def test_weights_have_moved(run, train):
     """Every parameter of the policy has left its initial value: what a run without steps saves."""
-    train(learning_rate=1e-30)
+    policy, _ = train(learning_rate=1e-30)
     initial, final = weights(train.folder), weights(run.folder)
     assert initial.keys() == final.keys()
-    assert [key for key in final if torch.equal(initial[key], final[key])] == []
+    moved = {key for key in final if not torch.equal(initial[key], final[key])}
+    assert moved == dict(policy.named_parameters()).keys()
     assert all(value.isfinite().all() for value in final.values())
 
 
@@ -204,6 +217,28 @@ def test_same_seed_same_run(run, train):
     assert metrics(train.folder) == metrics(run.folder)
     one, two = (np.load(folder / "final_returns.npy") for folder in (train.folder, run.folder))
     assert np.array_equal(one, two)
+
+
+def test_one_agents_data_train_that_agent(run, train, script, data, tmp_path):
+    """Other actions and rewards of agent 0 change its weights, and no bit of another agent's."""
+    shutil.copytree(data, tmp_path / "data")
+    for name in ("acs_0", "rews_0"):
+        path = tmp_path / f"data/{script.task}/expert/seed_0_data/{name}.npy"
+        np.save(path, -np.load(path))
+    policy, _ = train(data_dir=tmp_path / "data")
+    first, second = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["states"]
+        for folder in (run.folder, train.folder)
+    )
+    moved = dict(policy.named_parameters()).keys()
+    networks = {"policy", "critic", "target_policy", "target_critic"} & first.keys()
+    assert networks >= {"policy"}
+    for name in networks:
+        for key, value in first[name].items():
+            a, b = value.movedim(-3, 0), second[name][key].movedim(-3, 0)  # (N, ...)
+            assert torch.equal(a[1:], b[1:])
+            if "critic" in name or key in moved:
+                assert not torch.equal(a[0], b[0])
 
 
 # Refusals
@@ -244,6 +279,74 @@ def test_bad_settings(changes, reason, train, tmp_path):
     """One line says what is wrong, before any training, and no run directory is left."""
     assert reason in refusal(lambda: train(**changes))
     assert not (tmp_path / "runs").exists()
+
+
+def own(names, **values):
+    """Cases of one setting each: (script, setting, value)."""
+    return [(f"{name}_mpe", *item) for name in names.split() for item in values.items()]
+
+
+OUT_OF_RANGE = [
+    *own("om2p td3_bc omar diffusion_ql dom2 flow_ql fql", gamma=1.1, tau=-0.1),
+    *own("om2p td3_bc diffusion_ql dom2 flow_ql fql", q_weight=-1.0),
+    *own("om2p", flow_ratio=1.5, delta=0.0, time_alpha=0.0, time_beta=-1.0),
+    *own("omar dom2", cql_alpha=-1.0, cql_samples=0),
+    *own("omar", omar_coe=2.0, omar_samples=1, omar_iterations=0, omar_sigma=0.0),
+    *own("diffusion_ql", diffusion_steps=0),
+    *own("dom2", solver_steps=0, score_dims=(0,), return_quantiles=(0.5, 2.0)),
+    *own("flow_ql fql", flow_steps=0),
+    *own("bc", learning_rate=-1.0, hidden_dims=(16, 0), seed=-1),
+    *own("omar", omar_sigma=math.inf, omar_coe=math.nan),
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), OUT_OF_RANGE)
+def test_number_out_of_range(name, setting, value, data, tmp_path):
+    """One line names the setting and the value, before anything is read or written."""
+    module = load(next(path for path in SCRIPTS if path.stem == name))
+    settings = {"data_dir": data, "run_dir": tmp_path / "runs", **TINY, setting: value}
+    message = refusal(lambda: module.train(module.Args(**settings)))
+    assert message.startswith(f"error: --{setting.replace('_', '-')} is {value}; it must be from ")
+    assert not (tmp_path / "runs").exists()
+
+
+AT_THE_ENDS = [
+    ("om2p_mpe", {"q_weight": 0.0, "flow_ratio": 1.0, "gamma": 0.0, "tau": 1.0}),
+    ("bc_mpe", {"learning_rate": 0.0, "hidden_dims": ()}),
+    ("td3_bc_mpe", {"q_weight": 0.0, "gamma": 1.0, "tau": 0.0}),
+    ("omar_mpe", {"omar_coe": 0.0, "omar_samples": 2, "omar_iterations": 1, "cql_samples": 1}),
+    ("omar_mpe", {"omar_coe": 1.0, "cql_alpha": 0.0}),
+    ("diffusion_ql_mpe", {"diffusion_steps": 1, "q_weight": 0.0}),
+    ("dom2_mpe", {"solver_steps": 1, "score_dims": (4,), "return_quantiles": (0.0, 1.0)}),
+    ("flow_ql_mpe", {"flow_steps": 1, "q_weight": 0.0}),
+    ("fql_mpe", {"flow_steps": 1, "q_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), AT_THE_ENDS)
+def test_numbers_at_the_ends_of_their_ranges(name, changes, data, tmp_path):
+    """What the docstrings allow can be run: the smallest numbers of steps, samples and widths."""
+    module = load(next(path for path in SCRIPTS if path.stem == name))
+    settings = {"data_dir": data, "run_dir": tmp_path / "runs", "batch_size": 1, "num_updates": 2}
+    _, returns = module.train(module.Args(**TINY | settings | changes))
+    assert np.isfinite(returns).all()
+
+
+def test_no_widths_are_refused(data, tmp_path):
+    """DOM2's score network has one block at least: `--score-dims` without a number is an error."""
+    module = load(ROOT / "baselines/dom2_mpe.py")
+    settings = {"data_dir": data, "run_dir": tmp_path / "runs", **TINY, "score_dims": ()}
+    assert "--score-dims" in refusal(lambda: module.train(module.Args(**settings)))
+
+
+def test_every_number_has_a_range(script):
+    """RANGES knows all settings of Args that are numbers, and nothing else."""
+    module = load(script.path)
+    types = {field.name: field.type for field in fields(module.Args)}
+    numbers = {name for name, kind in types.items() if kind in (int, float)}
+    numbers |= {name for name, kind in types.items() if get_origin(kind) is tuple}
+    assert {"seed", "num_updates", "hidden_dims", "learning_rate"} <= numbers
+    assert module.RANGES.keys() == numbers
 
 
 def test_error_of_a_process(tmp_path):

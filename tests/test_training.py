@@ -71,20 +71,6 @@ def test_another_seed_gives_other_weights(train):
     assert not any(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_one_agents_data_train_that_agent(train, tmp_path):
-    """Other actions and rewards of agent 0 change its weights, and no bit of another agent's."""
-    first = train()
-    for name in ("acs_0", "rews_0"):
-        path = tmp_path / f"data/simple_spread/expert/seed_0_data/{name}.npy"
-        np.save(path, -np.load(path))
-    second = train()
-    for name in ("policy", "critic"):
-        for key, value in first[name].items():
-            a, b = value.movedim(-3, 0), second[name][key].movedim(-3, 0)  # (N, ...)
-            assert torch.equal(a[1:], b[1:])
-            assert not torch.equal(a[0], b[0])
-
-
 def test_evaluation_leaves_the_random_state():
     """Evaluating draws from its own seed alone, and puts torch's random state back."""
     env = MPE("simple_spread", 4)
@@ -135,8 +121,8 @@ def test_divergence_stops_the_run(train, monkeypatch, tmp_path, value):
 
     def broken(*inputs):
         calls.append(None)
-        loss, *parts = real(*inputs)
-        return loss if len(calls) <= 3 else loss * 0 + value, *parts
+        loss, parts = real(*inputs)
+        return loss if len(calls) <= 3 else loss * 0 + value, parts
 
     monkeypatch.setattr(om2p_mpe, "policy_loss", broken)
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,748 @@
+"""Flow Q-learning with a multi-step flow, on the Multi-Agent Particle Environments.
+
+The flow counterpart of Diffusion-QL: every agent's policy is a flow-matching model (Lipman et al.,
+2023, arxiv.org/abs/2210.02747) that turns noise into an action in `flow_steps` Euler steps, and the
+gradient of its critic runs back through all of them. With one step and a mean velocity in place of
+the velocity it becomes OM2P; everything else is shared with om2p_mpe.py.
+
+    noise, action      e ~ N(0, I) at flow time 0, an action of the data at flow time 1
+    x_t, v             (1 - t) noise + t action; action - noise
+    x + v(x, t) / K    one of the K = flow_steps Euler steps from noise to the action a_pi
+    L = E || v(x_t, t | o) - (action - noise) ||^2 - q_weight E[Q(o, a_pi)] / |Q|
+
+There is no paper to differ from: FQL (Park et al., 2025, arxiv.org/abs/2502.02538) compares itself
+with such a method under the name FBRAC.
+
+Agents are stacked along the first dimension, as in om2p_mpe.py. In shapes: N agents, B batch,
+E critics, K episodes, T transitions.
+
+    python baselines/flow_ql_mpe.py --task simple_spread --quality expert --seed 0
+"""
+
+# region imports
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# endregion imports
+
+
+@dataclass
+class Args:
+    # region args
+    # Experiment
+    seed: int = 0
+    """seed of networks, batches and evaluation episodes; also names the dataset, seed_<n>_data"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where the networks and the whole dataset live: cpu, cuda, cuda:1"""
+    run_dir: Path = Path("runs")
+    """outputs go to <run-dir>/<task>-<quality>/<script>/seed-<n>/"""
+    resume: bool = False
+    """go on from the run's checkpoint, or start if it has none"""
+
+    # Data and evaluation
+    quality: Literal[
+        "expert", "medium", "medium-replay", "random", "medium-expert", "random-medium"
+    ] = "expert"
+    """the behaviour in the data; the last two are mixtures, 9:1"""
+    data_dir: Path = Path("data")
+    """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
+    timeout_done: bool = False
+    """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
+    # endregion args
+    # region args_mpe
+    task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
+    """the task"""
+    eval_interval: int = 500
+    """updates between evaluations, each with a checkpoint, 1 or more"""
+    eval_episodes: int = 100
+    """episodes per evaluation, always from the same initial states, 1 or more"""
+    # endregion args_mpe
+
+    # Flow Q-learning
+    # region args_training
+    num_updates: int = 4_000
+    """gradient steps, 1 or more"""
+    batch_size: int = 128
+    """transitions of every agent in an update, 1 or more"""
+    hidden_dims: tuple[int, ...] = (128, 128)
+    """widths of the networks' hidden layers"""
+    learning_rate: float = 3e-3
+    """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
+    # endregion args_training
+    # region args_critic
+    gamma: float = 0.95
+    """discount factor, 0 to 1"""
+    tau: float = 0.005
+    """update rate of target networks, 0 to 1"""
+    # endregion args_critic
+    q_weight: float = 32.0
+    """weight of the Q term against flow matching, 0 or more"""
+    flow_steps: int = 10
+    """Euler steps from noise to action, 1 or more"""
+
+
+# region networks
+class StackedLinear(nn.Module):
+    """A linear layer for each entry of `stack`, (N,) agents or (E, N) critics and agents.
+
+    (*stack, B, in_dim) -> (*stack, B, out_dim); leading dimensions that the input lacks broadcast.
+    Initialised as nn.Linear is.
+    """
+
+    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def mlp(
+    stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, layer_norm=False
+) -> nn.Sequential:
+    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
+
+    The norm has no scale and shift of its own: the linear layer behind it has them already, and a
+    shared one would couple the agents.
+    """
+    layers = []
+    for width in hidden_dims:
+        layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
+        layers += [nn.LayerNorm(width, elementwise_affine=False)] if layer_norm else []
+        in_dim = width
+    return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
+
+
+class Critic(nn.Module):
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        super().__init__()
+        self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+
+
+# endregion networks
+
+
+# region td
+def critic_loss(
+    critic: nn.Module,
+    target_critic: nn.Module,
+    policy: nn.Module,
+    batch: dict,
+    gamma: float,
+    aggregate: Callable = torch.mean,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temporal-difference loss, sum over critics and agents, mean over the batch; and Q (2, N, B).
+
+    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient; aggregate=torch.amin
+    takes the smaller critic's value (TD3). The batch holds obs, next_obs (N, B, obs_dim), action
+    (N, B, action_dim), reward and done (N, B).
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"]))
+        target = batch["reward"] + gamma * (1 - batch["done"]) * aggregate(next_q, dim=0)
+    q = critic(batch["obs"], batch["action"])
+    return F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum(), q
+
+
+# endregion td
+
+
+# region flow
+class FlowPolicy(nn.Module):
+    """The velocity v(x, t | o) of every agent's flow, and actions by Euler steps along it."""
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims, flow_steps=10):
+        super().__init__()
+        self.action_dim, self.flow_steps = action_dim, flow_steps
+        self.net = mlp((num_agents,), obs_dim + action_dim + 1, hidden_dims, action_dim)
+
+    def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(N, B, obs_dim), (N, B, action_dim), (N, B, 1) -> v (N, B, action_dim)."""
+        return self.net(torch.cat([obs, x, t], dim=-1))
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """The flow's end point, clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
+        if noise is None:
+            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        x = noise
+        for k in range(self.flow_steps):
+            t = torch.full_like(x[..., :1], k / self.flow_steps)
+            x = x + self(obs, x, t) / self.flow_steps
+        return x.clamp(-1, 1)
+
+
+def flow_matching_loss(
+    policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """|| v(x_t, t | o) - (action - noise) ||^2, straight paths (Lipman et al., 2023).
+
+    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    """
+    v = policy(obs, (1 - t) * noise + t * action, t)
+    return F.mse_loss(v, action - noise, reduction="none").mean(dim=(-2, -1)).sum()
+
+
+# endregion flow
+
+
+def policy_loss(
+    policy: nn.Module, critic: nn.Module, batch: dict, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Flow matching minus q_weight E[Q(o, a_pi)] / sg(E|Q|), sum over agents."""
+    obs, action = batch["obs"], batch["action"]
+    t = torch.rand_like(action[..., :1])
+    flow = flow_matching_loss(policy, obs, action, torch.randn_like(action), t)
+    q = critic(obs, policy.act(obs)).mean(dim=0)  # (2, N, B) -> (N, B)
+    q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
+    loss = flow - args.q_weight * q_term
+    return loss, {"flow": flow.detach(), "policy_q": q.detach().mean()}
+
+
+# region ranges
+RANGES = {  # of the settings, ends included; a script adds its own
+    "seed": (0, 2**31),
+    "eval_interval": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "num_updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "hidden_dims": (1, math.inf),
+    "learning_rate": (0, math.inf),
+}
+
+
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion ranges
+
+RANGES |= {"gamma": (0, 1), "tau": (0, 1), "q_weight": (0, math.inf), "flow_steps": (1, math.inf)}
+
+
+# region dataset
+FILES = {"obs": "obs", "action": "acs", "reward": "rews", "next_obs": "next_obs", "done": "dones"}
+MIXTURES = {  # the first 90 % of one dataset, then the first 10 % of the other; OM2P's release
+    "medium-expert": (("medium", 0.9), ("expert", 0.1)),
+    "random-medium": (("random", 0.9), ("medium", 0.1)),
+}
+
+
+def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: str) -> None:
+    """Have the repository's collector make a dataset that is missing, or say how to get it."""
+    missing = f"there are no {task} {quality} data, seed {seed}, in {data_dir}"
+    options = ["--task", task, "--quality", quality, "--seed", str(seed)]
+    here = Path(__file__).resolve().parent
+    for path in (here / "data" / collector, here.parent / "data" / collector):
+        if path.is_file():
+            print(f"{missing}; making them")
+            if subprocess.run([sys.executable, path, *options, "--data-dir", data_dir]).returncode:
+                stop(f"data/{collector} could not make the {quality} data")
+            return
+    stop(
+        f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
+        f"ones by `bash data/download.sh {task} {quality}`"
+    )
+
+
+def read_array(path: Path, length: int | None, width: int | None) -> np.ndarray:
+    """Map one .npy file and check it: (length, width); without width (length,) or (length, 1)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise ValueError("it is not an array of numbers")
+    except Exception as problem:
+        stop(f"{path} cannot be read", problem)
+    if width is None and array.shape[1:] == (1,):
+        array = array[:, 0]
+    expected = (array.shape[0] if length is None and array.ndim else length,)  # free at first
+    expected += () if width is None else (width,)
+    if array.shape != expected:
+        stop(f"{path} has shape {array.shape}; expected {expected}")
+    return array
+
+
+def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device="cpu") -> dict:
+    """Read OMAR's {obs,acs,rews,next_obs,dones}_{i}.npy, one of each for every agent.
+
+    Returns float32 tensors on `device`: obs, next_obs (N, T, obs_dim), action (N, T, action_dim),
+    reward, done (N, T); agents of smaller dimensions are padded with zeros. Ends the program with a
+    line that names the file if one is missing, unreadable, misshapen, or holds NaN or infinities.
+    """
+    widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
+    columns = {key: [[] for _ in range(env.num_agents)] for key in FILES}
+    for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
+        folder, length = Path(data_dir) / task / part / f"seed_{seed}_data", None
+        if not folder.is_dir():
+            make_dataset(data_dir, task, part, seed, env.collector)
+        if (folder / f"obs_{env.num_agents}.npy").exists():
+            stop(f"{folder} holds more than the {env.num_agents} agents of {task}")
+        for i in range(env.num_agents):
+            for key, name in FILES.items():
+                path = folder / f"{name}_{i}.npy"
+                width = widths[key][i] if key in widths else None
+                array = read_array(path, length, width)
+                length = len(array)
+                values = torch.from_numpy(array[: round(share * length)].astype(np.float32))
+                if not values.isfinite().all():
+                    stop(f"{path} holds NaN or infinite values")
+                if key == "action" and (values.abs() > 1.001).any():
+                    stop(f"{path} holds actions outside [-1, 1]")
+                if width is not None:
+                    values = F.pad(values, (0, max(widths[key]) - width))
+                columns[key][i].append(values)
+    return {
+        key: torch.stack([torch.cat(parts) for parts in agents]).to(device)
+        for key, agents in columns.items()
+    }
+
+
+# endregion dataset
+
+
+# region mpe
+LEARNERS = 3  # three agents are trained in every task; in tag and world a fourth is the prey
+SOLID, FOOD, FOREST = 0.2, 0.03, 0.3  # radii of the landmarks in tag and world
+LANDMARK_SIZES = {
+    "simple_spread": (0.05, 0.05, 0.05),  # the targets, which nobody bumps into
+    "simple_tag": (SOLID, SOLID),
+    "simple_world": (SOLID, FOOD, FOOD, FOREST, FOREST),
+}
+PUBLIC_RETURNS = {  # mean returns of the public data, five seeds; OMAR (ICML 2022)
+    "simple_spread": {"expert": 516.8, "medium": 259.9, "medium-replay": 194.2, "random": 159.8},
+    "simple_tag": {"expert": 185.6, "medium": 88.7, "medium-replay": 14.2, "random": -4.1},
+    "simple_world": {"expert": 79.5, "medium": 43.3, "medium-replay": 3.5, "random": -6.8},
+}
+
+
+def normalized_score(task: str, returns):
+    """Score on the field's scale: 0 for the public random data, 100 for its expert data."""
+    low, high = PUBLIC_RETURNS[task]["random"], PUBLIC_RETURNS[task]["expert"]
+    return 100 * (returns - low) / (high - low)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distances between two sets of points, (K, A, 2) and (K, B, 2) -> (K, A, B)."""
+    delta = a[:, :, None] - b[:, None]
+    return np.sqrt(np.einsum("kabd,kabd->kab", delta, delta))
+
+
+class MPE:
+    """The Multi-Agent Particle Environments of OMAR's fork, K episodes at once.
+
+    Three agents learn: in simple_spread they cover three targets, in simple_tag and simple_world
+    they hunt a faster prey that `prey_policy(obs (1, K, D)) -> (1, K, 2)` steers. An action is a
+    2-D force in [-1, 1]; a step lasts 0.1, an episode 25 steps. The state: `pos`, `vel` (K, A, 2),
+    the prey last, and `landmarks` (K, L, 2): targets, or obstacles, food and forests in this order.
+
+    Source: github.com/ling-pan/OMAR, multiagent-particle-envs. Its rewards, its forces (9 and 16
+    times the action for hunters and prey) and its order (velocity first, then position) differ from
+    PettingZoo's mpe2, so returns of the two cannot be compared.
+    """
+
+    horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
+    num_agents, action_dims, collector = LEARNERS, (2,) * LEARNERS, "collect_mpe.py"
+
+    def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
+        self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
+        self.rng = np.random.default_rng(seed)
+        self.landmark_size = np.array(LANDMARK_SIZES[task])
+        if task == "simple_spread":
+            self.size, self.gain, self.max_speed = np.full((3, LEARNERS), [[0.15], [5.0], [np.inf]])
+        else:
+            prey_size = 0.05 if task == "simple_tag" else 0.045
+            self.size = np.array([0.075] * LEARNERS + [prey_size])
+            self.gain = np.array([9.0] * LEARNERS + [16.0])
+            self.max_speed = np.array([1.0] * LEARNERS + [1.3])
+        solid = self.landmark_size == SOLID
+        self.body_size = np.concatenate([self.size, self.landmark_size[solid]])
+        self.solid, self.forest = (
+            np.flatnonzero(solid),
+            np.flatnonzero(self.landmark_size == FOREST),
+        )
+        self.obs_dims = (self.reset().shape[-1],) * LEARNERS
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Place everything uniformly at random, at rest; `seed` restarts the random numbers.
+
+        Returns the learners' observations (N, K, obs_dim), float32.
+        """
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        K, bound = self.num_episodes, 1.0 if self.task == "simple_spread" else 0.9
+        self.pos = self.rng.uniform(-1, 1, (K, len(self.size), 2))
+        self.vel = np.zeros_like(self.pos)
+        self.landmarks = self.rng.uniform(-bound, bound, (K, len(self.landmark_size), 2))
+        return self.observe(range(LEARNERS))
+
+    def observe(self, agents) -> np.ndarray:
+        """Observations of the agents with these indices, (len(agents), K, obs_dim), float32.
+
+        Own velocity and position; landmarks, then the other agents, relative to oneself; in
+        simple_spread four zeros (a silent channel); for hunters the prey's velocity; in
+        simple_world +1 or -1 for each forest: inside or not.
+        """
+        K, everything = self.num_episodes, []
+        for i in agents:
+            own = self.pos[:, i, None]
+            others = [j for j in range(len(self.size)) if j != i]
+            parts = [self.vel[:, i], own, self.landmarks - own, self.pos[:, others] - own]
+            if self.task == "simple_spread":
+                parts += [np.zeros((K, 4))]
+            elif i < LEARNERS:
+                parts += [self.vel[:, LEARNERS]]
+            if len(self.forest):
+                depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
+                parts += [np.where(depth > 0, 1.0, -1.0)]
+            everything.append(np.concatenate([part.reshape(K, -1) for part in parts], axis=-1))
+        return np.stack(everything).astype(np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Advance one step under `action` (N, K, 2); (A, K, 2) where no policy steers the prey.
+
+        Returns the next observations (N, K, obs_dim) and each learner's reward (N, K).
+        """
+        if self.prey_policy is not None:
+            action = np.concatenate([action, self.prey_policy(self.observe([LEARNERS]))])
+        force = action.transpose(1, 0, 2) * self.gain[:, None] + self.contact_force()
+        self.vel = self.vel * (1 - self.damping) + force * self.dt
+        speed = np.sqrt((self.vel**2).sum(axis=-1, keepdims=True))
+        limit = self.max_speed[:, None]
+        self.vel = self.vel * np.minimum(1, limit / np.maximum(speed, 1e-12))
+        self.pos = self.pos + self.vel * self.dt
+        return self.observe(range(LEARNERS)), self.reward()
+
+    def contact_force(self) -> np.ndarray:
+        """Soft repulsion of overlapping bodies, (K, A, 2): a softplus of the overlap, times 100."""
+        bodies = np.concatenate([self.pos, self.landmarks[:, self.solid]], axis=1)
+        dist = distance(self.pos, bodies)
+        overlap = (self.size[:, None] + self.body_size - dist) / self.softness
+        push = self.stiffness * self.softness * np.logaddexp(0, overlap)
+        push = np.divide(push, dist, out=np.zeros_like(dist), where=dist > 0)  # not on oneself
+        return np.einsum("kab,kabd->kad", push, self.pos[:, :, None] - bodies[:, None])
+
+    def reward(self) -> np.ndarray:
+        """Rewards (N, K): closeness to the targets less collisions, or contacts with the prey."""
+        team = self.pos[:, :LEARNERS]
+        if self.task == "simple_spread":
+            nearest = distance(team, self.landmarks).min(axis=1)  # (K, L), over the agents
+            covered = np.minimum(1 / np.maximum(nearest, 1e-12), 10).sum(axis=-1)
+            bumps = (distance(team, team) < 2 * self.size[0]).sum(axis=-1) - 1
+            return covered - 5.0 * bumps.T
+        gap = distance(team, self.pos[:, LEARNERS:])[..., 0]
+        caught = (gap < self.size[0] + self.size[LEARNERS]).sum(axis=-1)
+        shared = (10 if self.task == "simple_tag" else 5) * caught - 0.1 * gap.sum(axis=-1)
+        return np.tile(shared, (LEARNERS, 1))
+
+
+def find_prey(task: str, data_dir: Path):
+    """The prey in data_dir/task, a function (1, K, obs_dim) -> (1, K, 2); None for simple_spread.
+
+    OMAR's `pretrained_adv_model.pt` if it is there, its batch norm folded into the first layer;
+    else this project's fit of it, `prey.npz`. Both are ReLU networks with a tanh at the end.
+    """
+    if task == "simple_spread":
+        return None
+    paths = [data_dir / task / name for name in ("pretrained_adv_model.pt", "prey.npz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        stop(
+            f"{data_dir / task} holds no prey, which {task} needs: "
+            f"run `python data/{MPE.collector} --task {task}` or `bash data/download.sh {task}`"
+        )
+    return load_prey(path, MPE(task, 1).observe([LEARNERS]).shape[-1])
+
+
+def load_prey(path: Path, obs_dim: int):
+    """One prey file as `find_prey` returns it; see there."""
+    try:
+        if path.suffix == ".pt":
+            agents = torch.load(path, map_location="cpu", weights_only=True)["agent_params"]
+            net = {key: value.double().numpy() for key, value in agents[-1]["policy"].items()}
+            layers = [(net[f"fc{k}.weight"].T, net[f"fc{k}.bias"]) for k in (1, 2, 3)]
+            scale = net["in_fn.weight"] / np.sqrt(net["in_fn.running_var"] + 1e-5)
+            shift = net["in_fn.bias"] - net["in_fn.running_mean"] * scale
+            weight, bias = layers[0]
+            layers[0] = (scale[:, None] * weight, bias + shift @ weight)
+        else:
+            with np.load(path, allow_pickle=False) as net:
+                layers = [(net[f"weight_{k}"], net[f"bias_{k}"]) for k in range(3)]
+        layers = [(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers]
+
+        def prey_policy(obs: np.ndarray) -> np.ndarray:
+            for weight, bias in layers[:-1]:
+                obs = np.maximum(obs @ weight + bias, 0)
+            weight, bias = layers[-1]
+            return np.tanh(obs @ weight + bias)
+
+        if not np.isfinite(
+            prey_policy(np.zeros((1, 1, obs_dim), np.float32)).reshape(1, 1, 2)
+        ).all():
+            raise ValueError("its actions are not finite")
+    except Exception as problem:
+        stop(f"{path} cannot be used as a prey", problem)
+    return prey_policy
+
+
+# endregion mpe
+
+
+# region evaluate
+@torch.no_grad()
+def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
+    """Play K episodes and return the return of each, (K,): sum over steps, mean over agents.
+
+    Initial states and noise depend on `seed` alone, and training's random state is left as it was.
+    """
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        obs, returns = env.reset(seed), 0.0
+        for _ in range(env.horizon):
+            action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
+            obs, reward = env.step(action)
+            returns = returns + reward.mean(axis=0)
+    return returns
+
+
+# endregion evaluate
+
+
+# region write
+def write(path: Path, save: Callable, state) -> None:
+    """Write a file by save(state, file); a full disk or an interrupt leaves the old one whole."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    save(state, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_table(rows: list[dict], file) -> None:
+    """Write rows with the same keys as csv into a binary file."""
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+# endregion write
+
+
+def train(args: Args) -> tuple[FlowPolicy, np.ndarray]:
+    """Train one team and write its run directory; return the policy and the final returns (K,)."""
+    # region setup
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= v <= high and math.isfinite(v) for v in values):
+            stop(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as problem:
+        stop(f"--device {args.device} cannot be used", problem)
+    torch.manual_seed(args.seed)
+    # endregion setup
+
+    env = MPE(args.task, args.eval_episodes)
+    dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
+    env.prey_policy = find_prey(args.task, args.data_dir)
+
+    # region prepare
+    num_agents, num_transitions, obs_dim = dataset["obs"].shape
+    action_dim = dataset["action"].shape[-1]
+    if num_transitions < args.batch_size:
+        stop(f"the dataset's {num_transitions} transitions are fewer than --batch-size")
+    if args.timeout_done:  # an episode ends where the next row does not go on from it
+        goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
+        dataset["done"] = F.pad((~goes_on).float(), (0, 1), value=1.0)
+        if dataset["done"].mean() > 0.5:
+            stop("--timeout-done needs data in the order of time, and these are not")
+    # Rewards of unit variance: critics need not grow to outputs in the hundreds first
+    dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+    # endregion prepare
+
+    policy = FlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims, args.flow_steps)
+    policy.to(args.device)
+    # region update
+    critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    target_critic = deepcopy(critic).requires_grad_(False)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)
+    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
+
+    def update() -> dict[str, torch.Tensor]:
+        index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
+        batch = {key: value[:, index] for key, value in dataset.items()}
+
+        # Critic: one step towards the TD target
+        loss, q = critic_loss(critic, target_critic, policy, batch, args.gamma)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        losses = {"critic": loss.detach(), "data_q": q.detach().mean()}
+
+        # Policy: like the data, and up the critic, whose own gradient is not needed
+        critic.requires_grad_(False)
+        loss, parts = policy_loss(policy, critic, batch, args)
+        policy_optimizer.zero_grad()
+        loss.backward()
+        policy_optimizer.step()
+        policy_schedule.step()
+        critic.requires_grad_(True)
+        losses |= {"policy": loss.detach(), **parts}
+
+        # Target critic
+        with torch.no_grad():
+            for target, source in zip(target_critic.parameters(), critic.parameters(), strict=True):
+                target.lerp_(source, args.tau)
+        return losses
+
+    states = {
+        "policy": policy,
+        "critic": critic,
+        "target_critic": target_critic,
+        "policy_optimizer": policy_optimizer,
+        "critic_optimizer": critic_optimizer,
+        "policy_schedule": policy_schedule,
+    }
+    # endregion update
+
+    # region loop
+    script = Path(__file__)
+    run_dir = args.run_dir / f"{args.task}-{args.quality}" / script.stem / f"seed-{args.seed}"
+    checkpoint_path = run_dir / "checkpoint.pt"
+    settings = {key: str(value) for key, value in asdict(args).items()}
+    first_step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
+    try:
+        if args.resume and checkpoint_path.exists():
+            state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            free = ("run_dir", "data_dir", "device", "resume")
+            for key, value in state["settings"].items():
+                if value != settings[key] and key not in free:
+                    raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
+            for name, part in states.items():
+                part.load_state_dict(state["states"][name])
+            first_step, seconds = state["step"], state["seconds"]
+            history, returns = state["history"], state["returns"]
+            torch.set_rng_state(state["rng"])
+            if args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    except Exception as problem:
+        stop(f"{checkpoint_path} cannot be resumed", problem)
+    try:
+        if run_dir.exists() and not args.resume:
+            old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+            old.parent.mkdir(exist_ok=True)
+            run_dir.rename(old)
+            print(f"the previous run in {run_dir} is now {old}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        shutil.copy(script, run_dir)
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written", problem)
+
+    writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+    start, step, sums, count = time.time() - seconds, first_step, {}, 0
+    bar = tqdm(total=args.num_updates, initial=first_step, unit="update", disable=None)
+    try:
+        for step in range(first_step + 1, args.num_updates + 1):
+            for key, value in update().items():
+                sums[key] = sums.get(key, 0) + value
+            count += 1
+            evaluating = step % args.eval_interval == 0 or step == args.num_updates
+            if step % 100 and not evaluating:
+                continue
+
+            losses = {key: value.item() / count for key, value in sums.items()}
+            sums, count, seconds = {}, 0, time.time() - start
+            bar.update(step - bar.n)
+            for key, value in losses.items():
+                writer.add_scalar(f"losses/{key}", value, step)
+                if not abs(value) < 1e8:
+                    stop(
+                        f"losses/{key} is {value} at update {step}: training has diverged; "
+                        f"the last checkpoint is kept; try a lower --learning-rate"
+                    )
+            if not evaluating:
+                continue
+
+            returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
+            mean = returns.mean().item()
+            score = normalized_score(args.task, mean)
+            history.append(
+                {"step": step, "return": mean, "score": score, "seconds": seconds, **losses}
+            )
+            writer.add_scalar("charts/return", mean, step)
+            writer.add_scalar("charts/normalized_score", score, step)
+            writer.add_scalar("charts/updates_per_second", step / seconds, step)
+            tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+            write(run_dir / "metrics.csv", save_table, history)
+            state = {
+                "step": step,
+                "seconds": seconds,
+                "history": history,
+                "returns": returns,
+                "settings": settings,
+                "states": {name: part.state_dict() for name, part in states.items()},
+                "rng": torch.get_rng_state(),
+            }
+            if args.device.startswith("cuda"):
+                state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+            write(checkpoint_path, torch.save, state)
+        write(run_dir / "policy.pt", torch.save, policy.state_dict())
+        write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
+    except KeyboardInterrupt:
+        raise SystemExit(
+            f"stopped at update {step}; --resume goes on from the checkpoint"
+        ) from None
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written at update {step}", problem)
+    finally:
+        bar.close()
+        writer.close()
+
+    final, best = history[-1], max(row["score"] for row in history)
+    print(
+        f"{args.task}-{args.quality}, seed {args.seed}: final return {final['return']:.1f} "
+        f"(sd {returns.std():.1f} over {len(returns)} episodes), normalized score "
+        f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
+        f"see {run_dir}"
+    )
+    # endregion loop
+    return policy, returns.numpy()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))

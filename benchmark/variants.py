@@ -1,0 +1,105 @@
+"""OM2P with one of its choices made otherwise, for comparison with the script's; no baselines.
+
+    python benchmark/variants.py --task simple_spread --quality medium --variant released
+
+no-derivative      the target is v for every interval: no du/dr, plain flow matching
+released           the objective as the authors' release runs it (README, differences 1 and 2)
+penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
+straight-through   the Q term's gradient passes the clip to [-1, 1] as if it were not there
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import om2p_mpe
+from om2p_mpe import MeanFlowPolicy
+
+om2p_policy_loss = om2p_mpe.policy_loss
+
+
+@dataclass
+class Args(om2p_mpe.Args):
+    variant: Literal["no-derivative", "released", "penalty", "straight-through"] = "released"
+    """what is made otherwise"""
+
+
+def no_derivative_loss(policy, obs, action, noise, r, t, *_):
+    """|| u(x_r, r, t) - v ||^2, arguments and scale as `mean_flow_loss`."""
+    x, v = (1 - r) * noise + r * action, action - noise
+    return F.mse_loss(policy(obs, x, r, t), v, reduction="none").mean(dim=(-2, -1)).sum()
+
+
+def released_loss(policy, obs, action, noise, r, t, *_):
+    """The release's loss: x at the interval's end, and a difference quotient with step 1e-12.
+
+    In float32 the quotient is zero, since the step vanishes next to x and t.
+    """
+    x, v, step = (1 - t) * noise + t * action, action - noise, 1e-12
+    u = policy(obs, x, r, t)
+    with torch.no_grad():
+        du_dt = (policy(obs, x + step * v, r, t + step) - u) / step
+        target = v - (r - t) * du_dt
+    return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
+
+
+class ReleasedPolicy(MeanFlowPolicy):
+    """A mean-flow policy that acts as the release does: u(noise, 0, 1), without the noise."""
+
+    def act(self, obs, noise=None):
+        """(N, B, obs_dim) -> (N, B, action_dim)."""
+        if noise is None:
+            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
+        return self(obs, noise, r, t).clamp(-1, 1)
+
+
+class FreePolicy(MeanFlowPolicy):
+    """A mean-flow policy that keeps its last action before the clip, as `free`."""
+
+    straight_through = False
+
+    def act(self, obs, noise=None):
+        """(N, B, obs_dim) -> (N, B, action_dim)."""
+        if noise is None:
+            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
+        self.free = noise + self(obs, noise, r, t)
+        clipped = self.free.clamp(-1, 1)
+        if self.straight_through:
+            return self.free + (clipped - self.free).detach()
+        return clipped
+
+
+class StraightThroughPolicy(FreePolicy):
+    """As FreePolicy, with the gradient of the action before the clip."""
+
+    straight_through = True
+
+
+def penalty_loss(policy, critic, batch, args):
+    """OM2P's loss plus the squared distance to the box, mean over the batch, sum over agents."""
+    loss, parts = om2p_policy_loss(policy, critic, batch, args)
+    penalty = (policy.free - policy.free.clamp(-1, 1)).square().mean(dim=(-2, -1)).sum()
+    return loss + penalty, parts | {"penalty": penalty.detach()}
+
+
+CHANGES = {
+    "no-derivative": {"mean_flow_loss": no_derivative_loss},
+    "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
+    "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
+    "straight-through": {"MeanFlowPolicy": StraightThroughPolicy},
+}
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    for name, value in CHANGES[args.variant].items():
+        setattr(om2p_mpe, name, value)
+    om2p_mpe.__file__ = __file__  # names the run directory, and is what is copied there
+    om2p_mpe.train(args)

@@ -1,0 +1,569 @@
+"""The benchmark: its grids, running them here and through Ray, and the report made of them.
+
+One tiny grid of real trainings runs once: a cell that works, one that fails, one that had been
+stopped. Everything else happens without a training, but for the test of Ray, which needs Ray.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from conftest import ROOT, refusal
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report
+import run
+import variants
+
+from om2p_mpe import MeanFlowPolicy, mean_flow_loss
+
+MEDIUM, REPLAY = run.TUNING_DATA
+
+
+def load(path):
+    """A script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Grids
+
+
+def test_grids():
+    """The sizes that the README tells, and no cell twice."""
+    sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
+    assert sizes["mpe"] == 8 * 12 * 5
+    assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 2 * 5
+    assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
+    for cells in run.GRIDS.values():
+        assert len({run.name(cell) for cell in cells()}) == len(cells())
+    assert set(run.METHODS) == set(report.METHODS)
+
+
+def test_commands():
+    """Every cell has a folder of its own, where its script, which takes its command, will write."""
+    scripts, folders = {}, []
+    for grid, cells in run.GRIDS.items():
+        for cell in cells():
+            (_, script, *line), folder = run.command(cell, run.Args(grid=grid))
+            folders.append(folder)
+            if cell["seed"] > 0:
+                continue  # the same but for the number
+            if script not in scripts:
+                scripts[script] = load(ROOT / script)
+            args = tyro.cli(scripts[script].Args, args=line)
+            assert (args.task, args.quality) == (cell["task"], cell["quality"])
+            assert (args.resume, args.eval_episodes, args.device) == (True, 1000, "cpu")
+            place = args.run_dir / f"{args.task}-{args.quality}" / scripts[script].__name__
+            assert folder == place / f"seed-{args.seed}"
+            for name, value in zip(cell["setting"].split(), cell["value"].split(), strict=True):
+                own = getattr(args, name.replace("-", "_"))
+                own = own[0] if isinstance(own, tuple) else own
+                assert own == type(own)(value)
+    assert len(set(folders)) == len(folders)
+
+
+def test_dry_run(tmp_path, capsys):
+    """Only the commands, one a line, and nothing is written."""
+    run.main(run.Args(grid="tune", dry_run=True, results_dir=tmp_path / "results"))
+    assert len(capsys.readouterr().out.splitlines()) == len(run.tune_grid())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"grid": "nonsense"}, "mpe, tune, ablation"), ({"ray": "local"}, "requirements-ray.txt")],
+)
+def test_refusals(settings, reason, tmp_path, monkeypatch):
+    """One line says what is wrong, before anything is made."""
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    places = {name: tmp_path / name for name in ("run_dir", "data_dir", "results_dir")}
+    assert reason in refusal(run.main, run.Args(**places | settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Running
+
+
+@pytest.fixture(scope="module")
+def tiny(make_data, tmp_path_factory):
+    """The grid "tiny", run once, with `args`. Its `cells`: one works, one fails, one was stopped.
+
+    `data`: the arrays of the first and third; `before`: the third's checkpoint when it was stopped;
+    `stop`: what run.main has said at the end.
+    """
+    place = tmp_path_factory.mktemp("benchmark")
+    data = make_data(place / "data", "simple_spread", "medium", 500)
+    make_data(place / "data", "simple_spread", "random", 50)
+    works, fails = (run.cell("bc", "simple_spread", q, 0) for q in ("medium", "random"))
+    stopped = run.cell("bc", "simple_spread", "medium", 0, "eval-interval", "3")
+    places = {
+        "run_dir": place / "runs",
+        "data_dir": place / "data",
+        "results_dir": place / "results",
+    }
+    args = run.Args(grid="tiny", num_updates=6, **places)
+
+    (_, script, *line), folder = run.command(stopped, args)
+    module = load(ROOT / script)
+    write = module.write
+
+    def write_and_stop(path, *rest):
+        write(path, *rest)
+        if path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+
+    module.write = write_and_stop
+    with pytest.raises(SystemExit, match="update 3; --resume"):
+        module.train(tyro.cli(module.Args, args=line))
+    before = torch.load(folder / "checkpoint.pt", weights_only=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.GRIDS, "tiny", lambda: [works, fails, stopped])
+        with pytest.raises(SystemExit) as stop:
+            run.main(args)
+    return SimpleNamespace(
+        cells=[works, fails, stopped], args=args, data=data, stop=stop.value.code, before=before
+    )
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """The commands that run.py would start; each fails."""
+    commands = []
+
+    def fail(words, **_):
+        commands.append(words)
+        return subprocess.CompletedProcess(words, 1)
+
+    monkeypatch.setattr(run.subprocess, "run", fail)
+    return commands
+
+
+def table(args, suffix=""):
+    """A results file of the grid tiny."""
+    return run.read_table(args.results_dir / f"tiny{suffix}.csv")
+
+
+def test_rows(tiny):
+    """The final return, score and data of each run that has ended, in the grid's order."""
+    works, _, stopped = tiny.cells
+    rows = table(tiny.args)
+    assert [run.name(row) for row in rows] == [run.name(works), run.name(stopped)]
+    returns = tiny.data["rews"].astype(float).reshape(3, -1, 25).sum(axis=2).mean(axis=0)
+    for cell, row in zip((works, stopped), rows, strict=True):
+        final = np.load(run.command(cell, tiny.args)[1] / "final_returns.npy")
+        assert final.shape == (1000,)
+        assert float(row["return"]) == pytest.approx(final.mean(), abs=0.006)
+        score = 100 * (final.mean() - 159.8) / (516.8 - 159.8)
+        assert float(row["score"]) == pytest.approx(score, abs=0.006)
+        assert float(row["data_return"]) == pytest.approx(returns.mean(), abs=0.006)
+        assert float(row["data_sd"]) == pytest.approx(returns.std(), abs=0.006)
+        assert row["updates"] == "6"
+    machine = json.loads((tiny.args.results_dir / "tiny.json").read_text())
+    assert (machine["workers"], machine["device"]) == (2, "cpu")
+
+
+def test_curves(tiny):
+    """Every evaluation of these runs; the last is the row's score, the highest its best."""
+    for cell, steps in zip(tiny.cells, (["6"], [], ["3", "6"]), strict=True):
+        curve = [p for p in table(tiny.args, "_curves") if run.name(p) == run.name(cell)]
+        assert [point["step"] for point in curve] == steps
+        for row in table(tiny.args):
+            if run.name(row) == run.name(cell):
+                assert curve[-1]["score"] == row["score"]
+                assert max(float(p["score"]) for p in curve) == float(row["best_score"])
+
+
+def test_failure(tiny):
+    """The line names the command, its exit status and the reason that its log ends with."""
+    head, line = tiny.stop.splitlines()
+    assert head.startswith("error: ")
+    words, folder = run.command(tiny.cells[1], tiny.args)
+    assert line.startswith(" ".join(words))
+    assert line.endswith("exit status 1, " + (folder / "log.txt").read_text().splitlines()[-1])
+    assert "50 transitions" in line
+
+
+def test_stopped_cell_goes_on(tiny):
+    """Its first evaluation is the one from before the stop."""
+    folder = run.command(tiny.cells[2], tiny.args)[1]
+    with (folder / "metrics.csv").open() as file:
+        first, _ = csv.DictReader(file)
+    assert {key: float(value) for key, value in first.items()} == tiny.before["history"][0]
+
+
+def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
+    """A second call tries what has failed, and nothing without it, nor does it touch results."""
+    files = {path: path.read_bytes() for path in tiny.args.results_dir.iterdir()}
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
+    with pytest.raises(SystemExit, match="exit status 1"):
+        run.main(tiny.args)
+    assert no_training == [run.command(tiny.cells[1], tiny.args)[0]]
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells[::2])
+    run.main(tiny.args)
+    assert "all 2 runs" in capsys.readouterr().out
+    assert len(no_training) == 1
+    assert {path: path.read_bytes() for path in tiny.args.results_dir.iterdir()} == files
+
+
+def test_lost_results_come_from_the_runs(tiny, no_training, monkeypatch, tmp_path):
+    """Without the tables, those of the finished runs are made again from their folders."""
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells[::2])
+    args = run.Args(**vars(tiny.args) | {"results_dir": tmp_path / "again"})
+    run.main(args)
+    assert no_training == []
+    for suffix in ("", "_curves"):
+        assert table(args, suffix) == table(tiny.args, suffix)
+
+
+def test_data_that_cannot_be_made(tiny, no_training, monkeypatch, tmp_path):
+    """One line with the collector's command."""
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
+    changes = {"data_dir": tmp_path / "data", "results_dir": tmp_path / "results"}
+    message = refusal(run.main, run.Args(**vars(tiny.args) | changes))
+    assert "collect_mpe.py --task simple_spread --quality medium --seed 0" in message
+    assert len(no_training) == 1
+
+
+def test_interrupt(tiny, monkeypatch, tmp_path):
+    """After Ctrl-C no further cell starts, and one line says how to go on."""
+    started, go_on = [], threading.Event()
+
+    def wait(cell, args):
+        started.append(cell)
+        go_on.wait(30)
+        raise RuntimeError
+
+    def interrupt(jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", wait)
+    monkeypatch.setattr(run, "as_completed", interrupt)
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
+    changes = {"results_dir": tmp_path / "results", "workers": 1}
+    with pytest.raises(SystemExit, match="the same command"):
+        run.main(run.Args(**vars(tiny.args) | changes))
+    go_on.set()
+    time.sleep(0.2)
+    assert len(started) <= 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_ray(make_data, tmp_path):
+    """The command line through a Ray instance of its own, started elsewhere: two cells of the grid
+    tune are missing; one works and has its row, the other fails and is named with the reason.
+    """
+    make_data(tmp_path / "data", *MEDIUM, 500)
+    make_data(tmp_path / "data", *REPLAY, 50)
+    columns = ("return", "data_return", "data_sd", "score", "data_score", "best_score")
+    fake = dict.fromkeys((*columns, "updates", "seconds"), 0)
+    missing = [run.cell("bc", *data, 0, "learning-rate", "0.003") for data in (MEDIUM, REPLAY)]
+    done = [cell for cell in run.tune_grid() if cell not in missing]
+    results = tmp_path / "results"
+    results.mkdir()
+    run.write_table(results / "tune.csv", [{**cell, **fake} for cell in done])
+    run.write_table(results / "tune_curves.csv", [{**cell, "step": 1, "score": 0} for cell in done])
+
+    words = [sys.executable, str(ROOT / "benchmark" / "run.py"), "--grid", "tune", "--ray", "local"]
+    words += ["--num-updates", "6", "--results-dir", "results", "--data-dir", "data"]
+    words += ["--run-dir", "runs"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}  # Ray keeps a token there
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    process = subprocess.run(words, cwd=tmp_path, env=env, **pipes)
+    assert process.returncode == 1, process.stderr
+    _, problems = process.stderr.split("error: these runs have failed", 1)
+    (line,) = (line for line in problems.splitlines() if "bc_mpe.py" in line)
+    assert "--task simple_tag --quality medium-replay" in line
+    assert "exit status 1, error: the dataset's 50 transitions" in line
+
+    rows = {run.name(row): row for row in run.read_table(results / "tune.csv")}
+    assert set(rows) == {run.name(cell) for cell in [*done, missing[0]]}
+    assert float(rows[run.name(missing[0])]["return"]) != 0
+    points = run.read_table(results / "tune_curves.csv")
+    assert [p["step"] for p in points if run.name(p) == run.name(missing[0])] == ["6"]
+    assert json.loads((results / "tune.json").read_text())["workers"] is None
+
+
+# Numbers of the report
+
+
+def test_estimate():
+    """Mean and half the interval, against all the samples that a bootstrap can draw."""
+    assert report.estimate([]) == "-"
+    assert report.estimate([12.34]) == "12.3"
+    assert report.estimate([-0.04]) == "0.0"
+    assert report.estimate([7, 7, 7]) == "7.0 ± 0.0"
+    assert report.estimate([0, 3, 6]) == "3.0 ± 3.0"  # all alike: 1 in 27, more than 2.5 %
+    values = [3.0, 1.0, 4.0, 1.5, 9.0]
+    exact = np.percentile([np.mean(draw) for draw in product(values, repeat=5)], (2.5, 97.5))
+    assert report.interval(values) == pytest.approx(exact, abs=0.11)
+    assert report.interval(values) == report.interval(values)
+
+
+def test_highlight():
+    """The highest is bold, and so is what prints the same; nothing is where there is nothing."""
+    means = report.highlight([[1.04], [0.9, 1.02], [0.94], []], report.mean)
+    assert means == ["**1.0**", "**1.0**", "0.9", "-"]
+    assert report.highlight([[-3], [-2, -2]], report.estimate) == ["-3.0", "**-2.0 ± 0.0**"]
+    assert report.highlight([[], []], report.estimate) == ["-", "-"]
+
+
+# Tables and figures of made-up results
+
+
+def row(method, task, quality, seed, score, setting="", value=""):
+    """A row with this score, and data whose score is 20."""
+    numbers = {"return": 2 * score, "data_return": 40, "data_sd": 5, "score": score}
+    numbers |= {"data_score": 20, "best_score": score + 1, "updates": 4000, "seconds": 30 + seed}
+    return {**run.cell(method, task, quality, seed, setting, value), **numbers}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A function that writes rows as a grid's results, where the report looks for them."""
+    for name in ("RESULTS", "FIGURES", "README"):
+        monkeypatch.setattr(report, name, tmp_path / name)
+    report.RESULTS.mkdir()
+
+    def write(grid, rows):
+        run.write_table(report.RESULTS / f"{grid}.csv", rows)
+        keys = ("method", "task", "quality", "seed", "setting", "value")
+        points = [
+            {**{key: row[key] for key in keys}, "step": step, "score": row["score"] * step / 4000}
+            for row in rows
+            for step in (2000, 4000)
+        ]
+        run.write_table(report.RESULTS / f"{grid}_curves.csv", points)
+        machine = {"processor": "Abacus", "cores": 2, "workers": 2, "device": "cpu", "torch": "2"}
+        (report.RESULTS / f"{grid}.json").write_text(json.dumps(machine))
+
+    return write
+
+
+def mpe_rows(seeds=(0, 1)):
+    """OM2P with scores 50 and 52 and BC with 51 on every dataset, the latter with seed 0 alone."""
+    rows = [row("om2p", *data, seed, 50 + 2 * seed) for seed in seeds for data in report.DATASETS]
+    return rows + [row("bc", *data, 0, 51) for data in report.DATASETS]
+
+
+def cells(table):
+    """A Markdown table as a dictionary from the first two columns to the others."""
+    lines = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return {tuple(line[:2]): line[2:] for line in lines}
+
+
+def test_mpe_table(results):
+    """Means, intervals, equal bests, averages, and how many seeds there are."""
+    results("mpe", mpe_rows())
+    table = report.tables()["mpe"]
+    assert cells(table)["task", "data"] == ["data's score", "OM2P", "BC"]
+    for data in report.DATASETS:
+        assert cells(table)[data] == ["20.0", "**51.0 ± 1.0**", "**51.0**"]
+    assert cells(table)["average", ""] == ["20.0", "**51.0 ± 1.0**", "**51.0**"]
+    assert "Abacus, 2 cores, 2 runs at a time" in table
+    assert "OM2P 2, BC 1;" in table
+    results("mpe", mpe_rows(seeds=(0,)))
+    assert "Seeds so far" not in report.tables()["mpe"]
+
+
+def test_incomplete_grid(results):
+    """A missing cell is a dash, and an average is over the seeds that have all datasets."""
+    rows = [r for r in mpe_rows() if (r["task"], r["quality"]) != ("simple_tag", "random")]
+    results("mpe", [*rows, row("om2p", "simple_tag", "random", 1, 52)])
+    tables = report.tables()
+    assert cells(tables["mpe"])["simple_tag", "random"] == ["20.0", "**52.0**", "-"]
+    assert cells(tables["mpe"])["average", ""] == ["20.0", "**52.0**", "-"]
+    assert "OM2P 1 to 2, BC 0 to 1;" in tables["mpe"]
+    assert cells(tables["mpe_details"])["BC", "-"] == ["-", "30", "4,000", "11"]
+    results("mpe", rows)
+    tables = report.tables()
+    assert cells(tables["mpe"])["simple_tag", "random"] == ["-", "-", "-"]
+    assert cells(tables["mpe"])["average", ""] == ["-", "-", "-"]
+    assert len(cells(tables["data"])) == 2 + 11  # with the header
+
+
+def test_other_tables_of_the_grid_mpe(results):
+    """Returns, times, and every dataset once."""
+    results("mpe", mpe_rows())
+    tables = report.tables()
+    assert cells(tables["returns"])["simple_world", "expert"] == ["40.0", "**102.0**", "**102.0**"]
+    details = cells(tables["mpe_details"])
+    assert details["OM2P", "51.0 ± 1.0"] == ["52.0 ± 1.0", "30", "4,000", "24"]
+    assert details["BC", "51.0"] == ["52.0", "30", "4,000", "12"]
+    assert cells(tables["data"])["simple_tag", "medium"] == ["40.0 ± 5.0", "88.7"]
+
+
+def test_tune_table(results):
+    """The best mean of a method is bold; what the scripts have as default is said to be so."""
+    default = load(ROOT / "om2p_mpe.py").Args().q_weight
+    rows = [row("om2p", *MEDIUM, 0, 10, "q-weight", f"{default:g}")]
+    rows += [row("om2p", *REPLAY, 0, 30, "q-weight", f"{default:g}")]
+    rows += [row("om2p", *data, 0, 25, "q-weight", "77") for data in (MEDIUM, REPLAY)]
+    rows += [row("bc", *MEDIUM, 0, 12, "batch-size", "9")]
+    results("tune", rows)
+    table = cells(report.tables()["tune"])
+    assert table["OM2P", f"`--q-weight {default:g}`, the default"] == ["10.0", "30.0", "20.0"]
+    assert table["", "`--q-weight 77`"] == ["25.0", "25.0", "**25.0**"]
+    assert table["BC", "`--batch-size 9`"] == ["12.0", "-", "-"]
+    words = "--time-alpha 1 --time-beta 1.0 --hidden-dims 128 128 --derivative"
+    assert report.is_default("om2p", f"{words} finite-difference")
+    assert not report.is_default("om2p", f"{words} jvp")
+
+
+def test_ablation_table(results):
+    """The defaults, from the grid mpe, then the changes, several steps, and the data."""
+    results("mpe", mpe_rows())
+    changes = (("time-alpha time-beta", "0.5 1"), ("variant", "released"))
+    data = list(product((MEDIUM, REPLAY), (0, 1)))
+    rows = [row("om2p", *d, seed, 2 * seed, *c) for c in changes for d, seed in data]
+    results("ablation", rows)
+    keys = ("task", "quality", "seed", "steps", "score")
+    steps = [dict(zip(keys, (*d, 0, k, 7 * k), strict=True)) for d, _ in data for k in (1, 5)]
+    run.write_table(report.RESULTS / "steps.csv", steps)
+    table = cells(report.tables()["ablation"])
+    names = ["the defaults", "`--time-alpha 0.5 --time-beta 1`", "`--variant released`"]
+    names += ["the defaults, acting in 5 steps", "the data"]
+    assert [name for name, _ in table][2:] == names
+    medium, replay = cells(report.tables()["mpe"])[MEDIUM], cells(report.tables()["mpe"])[REPLAY]
+    assert table["the defaults", medium[1].strip("*")] == [replay[1].strip("*")]
+    assert table["`--variant released`", "1.0 ± 1.0"] == ["1.0 ± 1.0"]
+    assert table[names[3], "35.0 ± 0.0"] == ["35.0 ± 0.0"]
+    assert table["the data", medium[0]] == [replay[0]]
+
+
+def test_published_table(results):
+    """All cells have a number for every quality, and averages are those of all three tasks."""
+    table = cells(report.tables()["published"])
+    averages = {name: row[2] for (name, _), row in table.items()}
+    assert (averages["MA-TD3+BC"], averages["OMAR"], averages["MADiff-D"]) == (
+        "48.4",
+        "59.2",
+        "63.8",
+    )
+    assert (averages["CFCQL"], averages["MAC-Flow"]) == ("-", "-")
+    lists = [cell.split(" / ") for (_, first), row in table.items() for cell in (first, *row[:2])]
+    assert {len(cell) for cell in lists[6:]} == {4}
+    assert {row[3] for row in table.values()} - {"---", "source"} == set(report.SOURCES)
+
+
+def test_readme_and_figures(results, capsys):
+    """Tables and figures are written; what has no results is named; a lost place is an error."""
+    results("mpe", mpe_rows())
+    places = [f"<!-- table {name} -->\nold\n<!-- end -->" for name in report.TABLES]
+    report.README.write_text("\n\n".join(["# Title", *places]))
+    report.main()
+    text = report.README.read_text()
+    for name, table in report.tables().items():
+        assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
+    assert text.count("\nold\n") == 3  # prey, tune, ablation
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
+    for name in ("learning_curves", "averages"):
+        picture = (report.FIGURES / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert int.from_bytes(picture[16:20], "big") >= 900  # pixels wide
+    report.README.write_text(text.replace("<!-- table returns -->", ""))
+    assert "returns" in refusal(report.main)
+
+
+def test_report_without_results(results, capsys):
+    """Nothing but the published numbers, and one line that says so."""
+    report.README.write_text("<!-- table published -->\n<!-- end -->\n")
+    report.main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in set(report.TABLES) - {"published"})
+    assert "figures" in said
+    assert said.count("\n") == 1
+    assert not report.FIGURES.exists()
+
+
+# Variants of OM2P
+
+
+def make_variant(kind, width=16):
+    """A policy of two agents, observations of three numbers and actions of two, and a batch."""
+    torch.manual_seed(0)
+    policy = kind(2, 3, 2, (width,))
+    obs, noise = torch.randn(2, 8, 3), torch.randn(2, 8, 2)
+    return policy, obs, 2 * torch.rand(2, 8, 2) - 1, noise
+
+
+def test_losses_of_variants():
+    """Without du/dr the target is v; the release's quotient vanishes, and x is at the end t."""
+    policy, obs, action, noise = make_variant(MeanFlowPolicy)
+    r, t = torch.rand(2, 2, 8, 1).sort(dim=0).values
+    v = action - noise
+
+    def expected(time):
+        x = (1 - time) * noise + time * action
+        return ((policy(obs, x, r, t) - v) ** 2).sum() / 16  # mean over (8, 2), sum over agents
+
+    plain = variants.no_derivative_loss(policy, obs, action, noise, r, t, 1e-2, "jvp")
+    released = variants.released_loss(policy, obs, action, noise, r, t, 1e-2, "jvp")
+    torch.testing.assert_close(plain, expected(r))
+    torch.testing.assert_close(released, expected(t))
+    assert abs(plain - released) > 1e-3
+    whole = mean_flow_loss(policy, obs, action, noise, r, r)
+    torch.testing.assert_close(variants.no_derivative_loss(policy, obs, action, noise, r, r), whole)
+
+
+def test_actions_of_variants():
+    """The release acts with u alone; outside the box only straight-through has a gradient."""
+    policies = {}
+    for kind in (MeanFlowPolicy, variants.ReleasedPolicy, *variants.FreePolicy.__subclasses__()):
+        policy, obs, _, noise = make_variant(kind)
+        noise = 3 * noise
+        policies[kind] = policy
+    policies[variants.FreePolicy] = make_variant(variants.FreePolicy)[0]
+    zero, one = torch.zeros(2, 8, 1), torch.ones(2, 8, 1)
+    u = policies[MeanFlowPolicy](obs, noise, zero, one)
+    free, usual = noise + u, policies[MeanFlowPolicy].act(obs, noise)
+    outside = (free.abs() > 1).all(dim=-1)
+    assert 0 < outside.sum() < outside.numel()
+    torch.testing.assert_close(policies[variants.ReleasedPolicy].act(obs, noise), u.clamp(-1, 1))
+    for kind, passes in ((variants.FreePolicy, False), (variants.StraightThroughPolicy, True)):
+        action = policies[kind].act(obs, noise)
+        torch.testing.assert_close(action, usual)
+        torch.testing.assert_close(policies[kind].free, free)
+        gradients = torch.autograd.grad(action[outside].sum(), [*policies[kind].parameters()])
+        assert any(gradient.abs().sum() > 0 for gradient in gradients) == passes
+
+
+def test_penalty():
+    """The squared excess over the box is added, mean over the batch, sum over agents."""
+    policy, obs, action, _ = make_variant(variants.FreePolicy)
+    batch, args = {"obs": obs, "action": action}, variants.Args()
+    losses = []
+    for loss in (variants.om2p_policy_loss, variants.penalty_loss):
+        torch.manual_seed(1)
+        losses.append(loss(policy, lambda obs, action: 1 + action.sum(dim=-1)[None], batch, args))
+    excess = policy.free - policy.free.clamp(-1, 1)
+    assert excess.abs().max() > 0.5
+    torch.testing.assert_close(losses[1][0] - losses[0][0], (excess**2).sum() / 16)
+
+
+def test_variant_trains(make_data, tmp_path):
+    """The command line trains the variant, under a run directory of its own."""
+    make_data(tmp_path / "data")
+    line = "--variant released --num-updates 2 --eval-interval 2 --eval-episodes 2 --hidden-dims 8"
+    places = ["--data-dir", tmp_path / "data", "--run-dir", tmp_path / "runs"]
+    command = [sys.executable, ROOT / "benchmark" / "variants.py", *line.split(), *places]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "runs" / "simple_spread-expert" / "variants" / "seed-0"
+    assert json.loads((folder / "args.json").read_text())["variant"] == "released"
