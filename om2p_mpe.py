@@ -87,7 +87,7 @@ class Args:
     """transitions of every agent in an update, 1 or more"""
     hidden_dims: tuple[int, ...] = (128, 128)
     """widths of the networks' hidden layers"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
     # endregion args_training
     # region args_critic
@@ -96,17 +96,17 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic
-    q_weight: float = 4.0
+    q_weight: float = 8.0
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
-    time_alpha: float = 1.0
+    time_alpha: float = 0.3
     """Beta distribution of the interval's ends, first shape, > 0; (1, 1) is uniform"""
     time_beta: float = 1.0
-    """second shape, > 0; (2, 2) is bell-shaped, (1 / q, 1) is U^q, with mass at (0, 1) for q > 1"""
+    """second shape, > 0; (1 / q, 1) is U^q, with mass at (0, 1) for q > 1, (2, 2) bell-shaped"""
     flow_ratio: float = 0.5
     """share of the batch with t = r, which is plain flow matching, 0 to 1"""
     derivative: Literal["finite-difference", "jvp"] = "finite-difference"
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
-    delta: float = 1e-2
+    delta: float = 0.1
     """step of the difference quotient, 1e-6 to 0.5; below 1e-4 it drowns in float32's rounding"""
 
 
@@ -229,14 +229,16 @@ def mean_flow_loss(
     noise: torch.Tensor,
     r: torch.Tensor,
     t: torch.Tensor,
-    delta: float = 1e-2,
+    delta: float = 0.1,
     derivative: str = "finite-difference",
 ) -> torch.Tensor:
     """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025).
 
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
-    As a difference quotient it is OM2P's derivative-free estimate. Shapes as in `forward`; mean
-    over batch and action dimensions, sum over agents.
+    OM2P's derivative-free estimate is the difference of u and u', its value a step delta further,
+    over delta. With T = t - r, u then has to be (delta v + T u') / (delta + T), the mean of its
+    parts, and the error counts (1 + T / delta)^2-fold. Shapes as in `forward`; mean over batch and
+    action dimensions, sum over agents.
     """
     x, v = (1 - r) * noise + r * action, action - noise
     u = policy(obs, x, r, t)

@@ -86,7 +86,7 @@ class Args:
     """transitions of every agent in an update, 1 or more"""
     hidden_dims: tuple[int, ...] = (128, 128)
     """widths of the networks' hidden layers"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
     # endregion args_training
     # region args_critic

@@ -1,7 +1,7 @@
 """Run a grid of trainings, several at a time, and tabulate their results.
 
     python benchmark/run.py --grid mpe          # eight methods, twelve datasets, five seeds
-    python benchmark/run.py --grid tune         # four values of every method's main setting
+    python benchmark/run.py --grid tune         # values of every method's main settings
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
 
@@ -44,32 +44,24 @@ SEEDS = range(5)
 KEEP_MEMORY = {  # glibc returns large tensors to the system at each update: a fifth of CQL's time
     f"MALLOC_{name}_THRESHOLD_": str(2**31 - 1) for name in ("MMAP", "TRIM")
 }
-TUNING_UPDATES = 2_000  # half the default, which is enough to rank settings
-TUNING_DATA = (("simple_spread", "medium"), ("simple_tag", "medium-replay"))  # narrow and broad
-TUNING = {  # values of what matters most in each method, and another step size
-    "om2p": {"q-weight": ("1", "2", "4", "8", "16"), "learning-rate": ("0.001",)},
-    "bc": {"learning-rate": ("0.003", "0.001")},
-    "td3_bc": {"q-weight": ("1", "2.5", "5", "10", "20"), "learning-rate": ("0.001",)},
-    "omar": {
-        "omar-coe": ("0.3", "0.7", "0.9", "1"),
-        "cql-alpha": ("0.1",),
-        "learning-rate": ("0.001",),
-    },
-    "diffusion_ql": {"q-weight": ("1", "2", "4", "8"), "learning-rate": ("0.001",)},
-    "flow_ql": {"q-weight": ("1", "2", "4", "8", "16", "32"), "learning-rate": ("0.001",)},
-    "fql": {"q-weight": ("0.3", "1", "3", "10", "30"), "learning-rate": ("0.001",)},
-    "dom2": {
-        "q-weight": ("1", "2", "4", "8"),
-        "cql-alpha": ("0.1",),
-        "return-quantiles": ("0.5",),
-        "learning-rate": ("0.001",),
-    },
+ABLATION_DATA = (("simple_spread", "medium"), ("simple_tag", "medium-replay"))  # narrow and broad
+TUNING_DATA = (*ABLATION_DATA, ("simple_spread", "random"), ("simple_world", "expert"))
+TUNING = {  # values of what matters most in each method, and step sizes
+    "om2p": {"q-weight": ("4", "8", "16"), "learning-rate": ("0.003",)},
+    "bc": {"learning-rate": ("0.003", "0.005")},
+    "td3_bc": {"q-weight": ("5", "10", "20"), "learning-rate": ("0.003",)},
+    "omar": {"cql-alpha": ("0.03", "0.1", "0.3"), "learning-rate": ("0.003",)},
+    "diffusion_ql": {"q-weight": ("2", "4", "8"), "learning-rate": ("0.003",)},
+    "flow_ql": {"q-weight": ("16", "32", "64"), "learning-rate": ("0.003",)},
+    "fql": {"q-weight": ("3", "10", "30"), "learning-rate": ("0.003",)},
+    "dom2": {"cql-alpha": ("0.03", "0.1", "0.3"), "q-weight": ("8",), "learning-rate": ("0.003",)},
 }
 ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
     "derivative": ("jvp",),
+    "delta": ("0.01",),
     "variant": ("no-derivative", "released", "penalty"),
     "flow-ratio": ("0", "0.75", "1"),
-    "time-alpha time-beta": ("0.5 1", "0.3 1", "2 2"),
+    "time-alpha time-beta": ("0.5 1", "1 1", "2 2"),
     "q-weight": ("0",),
 }
 
@@ -89,7 +81,7 @@ def mpe_grid() -> list[dict]:
 
 
 def tune_grid() -> list[dict]:
-    """Values of every method's settings, one changed at a time, half the updates, one seed."""
+    """Values of every method's settings, one changed at a time, one seed."""
     return [
         cell(method, *data, 0, setting, value)
         for method, settings in TUNING.items()
@@ -103,7 +95,7 @@ def ablation_grid() -> list[dict]:
     return [
         cell("om2p", *data, seed, setting, value)
         for seed, (setting, values) in product(SEEDS, ABLATION.items())
-        for value, data in product(values, TUNING_DATA)
+        for value, data in product(values, ABLATION_DATA)
     ]
 
 
@@ -146,8 +138,7 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     names, values = cell["setting"].split(), cell["value"].split()
     for name, value in zip(names, values, strict=True):
         words += [f"--{name}", value]
-    num_updates = args.num_updates or (TUNING_UPDATES if args.grid == "tune" else None)
-    words += [] if num_updates is None else ["--num-updates", str(num_updates)]
+    words += [] if args.num_updates is None else ["--num-updates", str(args.num_updates)]
     run_dir = args.run_dir / args.grid / ("-".join([*names, *values]) or "defaults")
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]
     words += ["--eval-episodes", "1000"]  # a standard error of 3 on simple_spread, for a second

@@ -16,7 +16,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from run import SEEDS, TUNING_DATA, write_table  # noqa: E402
+from run import ABLATION_DATA, SEEDS, write_table  # noqa: E402
 
 from om2p_mpe import MPE, MeanFlowPolicy, evaluate, find_prey, normalized_score  # noqa: E402
 
@@ -52,7 +52,7 @@ def main(args: Args) -> None:
     """Evaluate every run that is there."""
     torch.set_num_threads(1)
     rows = []
-    for task, quality in TUNING_DATA:
+    for task, quality in ABLATION_DATA:
         env = MPE(task, args.episodes)
         env.prey_policy = find_prey(task, args.data_dir)
         for seed in SEEDS:

@@ -28,7 +28,7 @@ import variants
 
 from om2p_mpe import MeanFlowPolicy, mean_flow_loss
 
-MEDIUM, REPLAY = run.TUNING_DATA
+MEDIUM, REPLAY = run.ABLATION_DATA
 
 
 def load(path):
@@ -419,7 +419,7 @@ def test_tune_table(results):
     assert table["OM2P", f"`--q-weight {default:g}`, the default"] == ["10.0", "30.0", "20.0"]
     assert table["", "`--q-weight 77`"] == ["25.0", "25.0", "**25.0**"]
     assert table["BC", "`--batch-size 9`"] == ["12.0", "-", "-"]
-    words = "--time-alpha 1 --time-beta 1.0 --hidden-dims 128 128 --derivative"
+    words = "--time-alpha 0.3 --time-beta 1.0 --hidden-dims 128 128 --derivative"
     assert report.is_default("om2p", f"{words} finite-difference")
     assert not report.is_default("om2p", f"{words} jvp")
 
