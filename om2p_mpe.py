@@ -98,6 +98,7 @@ class Args:
     # endregion args_critic
     q_weight: float = 8.0
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
+    # region args_om2p
     time_alpha: float = 0.3
     """Beta distribution of the interval's ends, first shape, > 0; (1, 1) is uniform"""
     time_beta: float = 1.0
@@ -108,6 +109,7 @@ class Args:
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
     delta: float = 0.1
     """step of the difference quotient, 1e-6 to 0.5; below 1e-4 it drowns in float32's rounding"""
+    # endregion args_om2p
 
 
 # region networks
@@ -144,15 +146,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -194,12 +213,13 @@ class MeanFlowPolicy(nn.Module):
         super().__init__()
         self.action_dim = action_dim
         self.net = mlp((num_agents,), obs_dim + action_dim + 2, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(
         self, obs: torch.Tensor, x: torch.Tensor, r: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim), (N, B, 1), (N, B, 1) -> u (N, B, action_dim)."""
-        return self.net(torch.cat([obs, x, r, t], dim=-1))
+        return self.net(torch.cat([obs, self.mask * x, r, t], dim=-1))
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """noise + u(noise, 0, 1), clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
@@ -231,14 +251,15 @@ def mean_flow_loss(
     t: torch.Tensor,
     delta: float = 0.1,
     derivative: str = "finite-difference",
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025).
 
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
     OM2P's derivative-free estimate is the difference of u and u', its value a step delta further,
     over delta. With T = t - r, u then has to be (delta v + T u') / (delta + T), the mean of its
-    parts, and the error counts (1 + T / delta)^2-fold. Shapes as in `forward`; mean over batch and
-    action dimensions, sum over agents.
+    parts, and the error counts (1 + T / delta)^2-fold. Shapes as in `forward`, mean and mask as in
+    `squared_error`.
     """
     x, v = (1 - r) * noise + r * action, action - noise
     u = policy(obs, x, r, t)
@@ -249,7 +270,7 @@ def mean_flow_loss(
         else:
             du_dr = (policy(obs, x + delta * v, r + delta, t) - u) / delta
         target = v + (t - r) * du_dr
-    return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(u, target, mask)
 
 
 def policy_loss(
@@ -264,7 +285,8 @@ def policy_loss(
         (*action.shape[:-1], 1), args.time_alpha, args.time_beta, args.flow_ratio, action.device
     )
     noise = torch.randn_like(action)
-    flow = mean_flow_loss(policy, obs, action, noise, r, t, args.delta, args.derivative)
+    settings = args.delta, args.derivative, policy.mask
+    flow = mean_flow_loss(policy, obs, action, noise, r, t, *settings)
     q = critic(obs, policy.act(obs)).mean(dim=0)  # (2, N, B) -> (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     loss = flow - args.q_weight * q_term
@@ -646,6 +668,7 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
     policy = MeanFlowPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     # region update
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_critic = deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

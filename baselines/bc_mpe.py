@@ -114,15 +114,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -135,6 +152,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((num_agents,), obs_dim, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim) -> (N, B, action_dim) in (-1, 1)."""
@@ -144,10 +162,14 @@ class DeterministicPolicy(nn.Module):
 # endregion deterministic
 
 
+# region bc
 def policy_loss(policy: nn.Module, batch: dict) -> torch.Tensor:
     """|| tanh(mu(o)) - a ||^2, mean over batch and action dimensions, sum over agents."""
     action = policy.act(batch["obs"])
-    return F.mse_loss(action, batch["action"], reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(action, batch["action"], policy.mask)
+
+
+# endregion bc
 
 
 # region ranges
@@ -517,6 +539,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
     # endregion prepare
 
     policy = DeterministicPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    # region update_bc
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
 
@@ -534,6 +557,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         "policy_optimizer": policy_optimizer,
         "policy_schedule": policy_schedule,
     }
+    # endregion update_bc
 
     # region loop
     script = Path(__file__)

@@ -101,8 +101,10 @@ class Args:
     # endregion args_critic
     q_weight: float = 4.0
     """weight of the Q term against the diffusion loss, 0 or more; eta in the paper"""
+    # region args_diffusion_ql
     diffusion_steps: int = 5
     """denoising steps from noise to action, 1 or more"""
+    # endregion args_diffusion_ql
 
 
 # region networks
@@ -139,15 +141,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -178,6 +197,7 @@ def critic_loss(
 # endregion td
 
 
+# region diffusion_ql
 class DiffusionPolicy(nn.Module):
     """The noise eps(x_k, k | o) in noisy actions of every agent, and actions by ancestral sampling.
 
@@ -188,6 +208,7 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         self.action_dim, self.steps = action_dim, steps
         self.net = mlp((num_agents,), obs_dim + action_dim + 16, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
         # VP schedule: the variance-preserving SDE's noise, 0.1 to 10, in `steps` steps
         k = torch.arange(steps)
         beta = 1 - torch.exp(-0.1 / steps - 0.5 * (10 - 0.1) * (2 * k + 1) / steps**2)
@@ -203,7 +224,7 @@ class DiffusionPolicy(nn.Module):
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim), integers (N, B) -> eps (N, B, action_dim)."""
-        return self.net(torch.cat([obs, x, self.embedding[k]], dim=-1))
+        return self.net(torch.cat([obs, self.mask * x, self.embedding[k]], dim=-1))
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """One sample in [-1, 1] for every observation: (N, B, obs_dim) -> (N, B, action_dim)."""
@@ -226,12 +247,12 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """|| eps(x_k, k | o) - e ||^2 (Ho et al., equation 14).
 
-    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    Shapes as in `forward`, the mean as in `squared_error`.
     """
     abar = policy.abar[k][..., None]
     x = abar.sqrt() * action + (1 - abar).sqrt() * noise
     eps = policy(obs, x, k)
-    return F.mse_loss(eps, noise, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(eps, noise, policy.mask)
 
 
 def policy_loss(
@@ -246,6 +267,9 @@ def policy_loss(
     q_term = torch.where(torch.rand((), device=q.device) < 0.5, *q_terms).sum()
     loss = diffusion - args.q_weight * q_term
     return loss, {"diffusion": diffusion.detach(), "policy_q": q.detach().mean()}
+
+
+# endregion diffusion_ql
 
 
 # region ranges
@@ -621,6 +645,7 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
     policy = DiffusionPolicy(*sizes, args.diffusion_steps).to(args.device)
     # region update_with_target_policy
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

@@ -107,14 +107,16 @@ class Args:
     cql_samples: int = 10
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative
-    q_weight: float = 4.0
+    q_weight: float = 8.0
     """weight of the Q term against the diffusion loss, 0 or more; eta in the paper"""
+    # region args_dom2
     solver_steps: int = 5
     """steps of the DPM-Solver from noise to action, 1 or more"""
     score_dims: tuple[int, ...] = (64, 32)
     """widths of the score network's blocks on the way down, reversed on the way up; one or more"""
     return_quantiles: tuple[float, ...] = ()
     """data reweighting: episodes that reach the returns' quantile count once more, each 0 to 1"""
+    # endregion args_dom2
 
 
 # region networks
@@ -151,15 +153,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -214,6 +233,7 @@ def conservative_term(
 # endregion conservative
 
 
+# region dom2
 class Block(nn.Module):
     """Residual block of SfBC's score network: two layers, the time's embedding added between them.
 
@@ -250,12 +270,13 @@ class ScorePolicy(nn.Module):
             self.up.append(Block(num_agents, below + width, width, embed_dim))
             below = width
         self.last = StackedLinear((num_agents,), below, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim), (N, B, 1) -> eps (N, B, action_dim)."""
         angle = 2 * math.pi * self.frequency * t
         embedding = self.embed(torch.cat([angle.sin(), angle.cos(), obs], dim=-1))
-        skips = []
+        x, skips = self.mask * x, []
         for block in self.down:
             x = block(x, embedding)
             skips.append(x)
@@ -289,11 +310,11 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """|| eps(x_t, t | o) - e ||^2, x_t = alpha_t action + sigma_t e (Song et al., 2021).
 
-    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    Shapes as in `forward`, the mean as in `squared_error`.
     """
     alpha, sigma = vp_sde(t)
     eps = policy(obs, alpha * action + sigma * noise, t)
-    return F.mse_loss(eps, noise, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(eps, noise, policy.mask)
 
 
 def policy_loss(
@@ -309,15 +330,23 @@ def policy_loss(
     return loss, {"diffusion": diffusion.detach(), "policy_q": q.detach().mean()}
 
 
-def reweight(dataset: dict, horizon: int, quantiles: tuple[float, ...]) -> dict:
-    """Add the episodes that reach each quantile of the returns once more (DOM2's reweighting)."""
-    rows = torch.arange(dataset["reward"].shape[1], device=dataset["reward"].device)
-    if len(rows) % horizon:
-        stop(f"--return-quantiles needs whole episodes of {horizon} transitions")
-    episodes = rows.view(-1, horizon)
-    returns = dataset["reward"].mean(dim=0).view(-1, horizon).sum(dim=-1)
-    good = [episodes[returns >= returns.quantile(q)].flatten() for q in quantiles]
-    return {key: value[:, torch.cat([rows, *good])] for key, value in dataset.items()}
+def reweight(dataset: dict, quantiles: tuple[float, ...]) -> dict:
+    """Add the episodes that reach each quantile of the returns once more (DOM2's reweighting).
+
+    An episode ends where the next row does not go on from it.
+    """
+    goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1).all(dim=0)
+    episode = F.pad((~goes_on).cumsum(dim=0), (1, 0))  # (T,), the number of each row's episode
+    if episode[-1] > len(episode) / 2:
+        stop("--return-quantiles needs data in the order of time, and these are not")
+    reward = dataset["reward"].mean(dim=0)
+    returns = torch.zeros(int(episode[-1]) + 1, device=reward.device).index_add(0, episode, reward)
+    rows = [torch.arange(len(episode), device=reward.device)]
+    rows += [(returns >= returns.quantile(q))[episode].nonzero()[:, 0] for q in quantiles]
+    return {key: value[:, torch.cat(rows)] for key, value in dataset.items()}
+
+
+# endregion dom2
 
 
 # region ranges
@@ -676,7 +705,7 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
     env.prey_policy = find_prey(args.task, args.data_dir)
     if args.return_quantiles:
-        dataset = reweight(dataset, env.horizon, args.return_quantiles)
+        dataset = reweight(dataset, args.return_quantiles)
 
     # region prepare
     num_agents, num_transitions, obs_dim = dataset["obs"].shape
@@ -698,6 +727,7 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     policy = ScorePolicy(*sizes, args.solver_steps).to(args.device)
     # region update_conservative
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

@@ -95,10 +95,12 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic
-    q_weight: float = 10.0
+    q_weight: float = 30.0
     """weight of the Q term against distillation, 0 or more; 1 / alpha in the paper"""
+    # region args_flow
     flow_steps: int = 10
-    """Euler steps of the flow that clones the data, 1 or more"""
+    """Euler steps from noise to action, 1 or more"""
+    # endregion args_flow
 
 
 # region networks
@@ -135,15 +137,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -182,10 +201,11 @@ class FlowPolicy(nn.Module):
         super().__init__()
         self.action_dim, self.flow_steps = action_dim, flow_steps
         self.net = mlp((num_agents,), obs_dim + action_dim + 1, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim), (N, B, 1) -> v (N, B, action_dim)."""
-        return self.net(torch.cat([obs, x, t], dim=-1))
+        return self.net(torch.cat([obs, self.mask * x, t], dim=-1))
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """The flow's end point, clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
@@ -203,15 +223,16 @@ def flow_matching_loss(
 ) -> torch.Tensor:
     """|| v(x_t, t | o) - (action - noise) ||^2, straight paths (Lipman et al., 2023).
 
-    Shapes as in `forward`; mean over batch and action dimensions, sum over agents.
+    Shapes as in `forward`, the mean as in `squared_error`.
     """
     v = policy(obs, (1 - t) * noise + t * action, t)
-    return F.mse_loss(v, action - noise, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(v, action - noise, policy.mask)
 
 
 # endregion flow
 
 
+# region fql
 class OneStepPolicy(nn.Module):
     """The one-step policy mu(o, e) of every agent, and the flow that it is distilled from."""
 
@@ -220,9 +241,14 @@ class OneStepPolicy(nn.Module):
         self.flow = FlowPolicy(num_agents, obs_dim, action_dim, hidden_dims, flow_steps)
         self.net = mlp((num_agents,), obs_dim + action_dim, hidden_dims, action_dim)
 
+    @property
+    def mask(self) -> torch.Tensor:
+        """The flow's: 0 for action components that are padding."""
+        return self.flow.mask
+
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim), (N, B, action_dim) -> mu (N, B, action_dim), not clipped."""
-        return self.net(torch.cat([obs, noise], dim=-1))
+        return self.net(torch.cat([obs, self.mask * noise], dim=-1))
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """mu(o, noise) clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
@@ -243,12 +269,15 @@ def policy_loss(
     with torch.no_grad():
         target = policy.flow.act(obs, noise)
     mu = policy(obs, noise)
-    distill = F.mse_loss(mu, target, reduction="none").mean(dim=(-2, -1)).sum()
+    distill = squared_error(mu, target, policy.mask)
     q = critic(obs, mu.clamp(-1, 1)).mean(dim=0)  # (2, N, B) -> (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     loss = flow + distill - args.q_weight * q_term
     parts = {"flow": flow.detach(), "distill": distill.detach()}
     return loss, parts | {"policy_q": q.detach().mean()}
+
+
+# endregion fql
 
 
 # region ranges
@@ -623,6 +652,7 @@ def train(args: Args) -> tuple[OneStepPolicy, np.ndarray]:
     policy.to(args.device)
     # region update
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_critic = deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

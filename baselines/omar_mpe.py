@@ -105,6 +105,7 @@ class Args:
     cql_samples: int = 10
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative
+    # region args_omar
     omar_coe: float = 0.7
     """share of imitating the search's action against climbing the critic, 0 to 1; 0 is MA-CQL"""
     omar_iterations: int = 3
@@ -113,6 +114,7 @@ class Args:
     """actions drawn in a round of the search, 2 or more"""
     omar_sigma: float = 2.0
     """standard deviation of the first round's actions, which are clipped to [-1, 1], > 0"""
+    # endregion args_omar
 
 
 # region networks
@@ -149,15 +151,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -219,6 +238,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((num_agents,), obs_dim, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim) -> (N, B, action_dim) in (-1, 1)."""
@@ -228,6 +248,7 @@ class DeterministicPolicy(nn.Module):
 # endregion deterministic
 
 
+# region omar
 @torch.no_grad()
 def search(critic: nn.Module, obs: torch.Tensor, action: torch.Tensor, args: Args) -> torch.Tensor:
     """Zeroth-order search for actions of high Q_1, starting from N(0, omar_sigma^2).
@@ -255,11 +276,14 @@ def policy_loss(
     obs = batch["obs"]
     action = policy.act(obs)
     best = search(critic, obs, action.detach(), args)
-    mimic = F.mse_loss(action, best, reduction="none").mean(dim=(-2, -1)).sum()
+    mimic = squared_error(action, best, policy.mask)
     q = critic(obs, action)[0]  # (N, B)
-    small = action.square().mean(dim=(-2, -1)).sum()
+    small = squared_error(action, torch.zeros_like(action), policy.mask)
     loss = args.omar_coe * mimic - (1 - args.omar_coe) * q.mean(dim=-1).sum() + 1e-3 * small
     return loss, {"mimic": mimic.detach(), "policy_q": q.detach().mean()}
+
+
+# endregion omar
 
 
 # region ranges
@@ -635,6 +659,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
     policy = DeterministicPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     # region update_conservative
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

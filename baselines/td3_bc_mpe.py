@@ -95,7 +95,7 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic
-    q_weight: float = 10.0
+    q_weight: float = 20.0
     """weight of the Q term against behaviour cloning, 0 or more; alpha in the paper, 2.5 there"""
 
 
@@ -133,15 +133,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -179,6 +196,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((num_agents,), obs_dim, hidden_dims, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim) -> (N, B, action_dim) in (-1, 1)."""
@@ -188,16 +206,20 @@ class DeterministicPolicy(nn.Module):
 # endregion deterministic
 
 
+# region td3_bc
 def policy_loss(
     policy: nn.Module, critic: nn.Module, batch: dict, args: Args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """|| a_pi - a ||^2 - q_weight E[Q_1(o, a_pi)] / sg(E|Q_1|), sum over agents."""
     action = policy.act(batch["obs"])
-    clone = F.mse_loss(action, batch["action"], reduction="none").mean(dim=(-2, -1)).sum()
+    clone = squared_error(action, batch["action"], policy.mask)
     q = critic(batch["obs"], action)[0]  # (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     loss = clone - args.q_weight * q_term
     return loss, {"clone": clone.detach(), "policy_q": q.detach().mean()}
+
+
+# endregion td3_bc
 
 
 # region ranges
@@ -571,6 +593,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
     policy = DeterministicPolicy(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     # region update_with_target_policy
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import om2p_mpe
-from om2p_mpe import MeanFlowPolicy
+from om2p_mpe import MeanFlowPolicy, squared_error
 
 om2p_policy_loss = om2p_mpe.policy_loss
 
@@ -33,7 +32,7 @@ class Args(om2p_mpe.Args):
 def no_derivative_loss(policy, obs, action, noise, r, t, *_):
     """|| u(x_r, r, t) - v ||^2, arguments and scale as `mean_flow_loss`."""
     x, v = (1 - r) * noise + r * action, action - noise
-    return F.mse_loss(policy(obs, x, r, t), v, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(policy(obs, x, r, t), v)
 
 
 def released_loss(policy, obs, action, noise, r, t, *_):
@@ -46,7 +45,7 @@ def released_loss(policy, obs, action, noise, r, t, *_):
     with torch.no_grad():
         du_dt = (policy(obs, x + step * v, r, t + step) - u) / step
         target = v - (r - t) * du_dt
-    return F.mse_loss(u, target, reduction="none").mean(dim=(-2, -1)).sum()
+    return squared_error(u, target)
 
 
 class ReleasedPolicy(MeanFlowPolicy):

@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,15 +88,32 @@ def mlp(
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
 
 
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
 class Critic(nn.Module):
-    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B)."""
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
         self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
 
 
 # endregion networks
@@ -310,6 +327,7 @@ def load_prey(path: Path, obs_dim: int):
 # endregion mpe
 
 
+# region behavior
 class Behavior(nn.Module):
     """A team of deterministic policies, a_i = tanh(net_i(o_i)), and exploration noise on them."""
 
@@ -321,6 +339,94 @@ class Behavior(nn.Module):
         """(N, B, obs_dim) -> actions (N, B, action_dim) in [-1, 1]."""
         action = self.net(obs).tanh()
         return (action + noise_sd * torch.randn_like(action)).clamp(-1, 1)
+
+
+def load_behavior(task: str, quality: str, env) -> list[Behavior | None]:
+    """The policies whose roll-outs make up a dataset, in the order of training; None is random.
+
+    data/behavior/<task>.npz holds `replay_<k>`, `medium_<k>` and `expert_<k>`: parameter k, weights
+    and biases in turn, of that stage's snapshots, (snapshots, N, ...) in float16, and in
+    `<stage>_step` the environment steps that they were trained for.
+    """
+    if quality == "random":
+        return [None]
+    stage, path, policies = quality.removeprefix("medium-"), BEHAVIOR_DIR / f"{task}.npz", []
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parameters = [torch.from_numpy(file[f"{stage}_{k}"]).float() for k in range(6)]
+        for snapshot in zip(*parameters, strict=True):
+            policies.append(Behavior(env.num_agents, max(env.obs_dims), max(env.action_dims)))
+            keys = policies[-1].state_dict()
+            policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
+    except Exception as problem:
+        stop(f"{path} cannot be read; --train makes one", problem)
+    return policies
+
+
+def write_dataset(args: Args, facts: dict, write_files: Callable[[Path], np.ndarray]) -> dict:
+    """Have the files of one dataset written and return its card, which stands beside them.
+
+    `write_files` writes them into a temporary folder and returns the episodes' returns; a
+    collection that is stopped leaves nothing behind.
+    """
+    folder = args.data_dir / args.task / args.quality / f"seed_{args.seed}_data"
+    if folder.exists():
+        stop(f"{folder} is there already, and is left as it is; --data-dir can name another place")
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        returns = write_files(temporary)
+        card = {
+            "dataset": f"{args.task}, {args.quality}, seed {args.seed}",
+            **facts,
+            "transitions": args.num_transitions,
+            "episodes": len(returns),
+            "return mean": round(float(returns.mean()), 2),
+            "return sd": round(float(returns.std()), 2),
+            "public data's return mean": PUBLIC_RETURNS.get(args.task, {}).get(args.quality),
+            "command": f"python data/{Path(__file__).name} --task {args.task} "
+            f"--quality {args.quality} --seed {args.seed} "
+            f"--num-transitions {args.num_transitions} --noise {args.noise}",
+            "versions": f"torch {torch.__version__}, numpy {np.__version__}",
+        }
+        (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except OSError as problem:
+        stop(f"{folder} cannot be written", problem)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; no dataset was written") from None
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return card
+
+
+def describe(args: Args, policies: list) -> str:
+    """Who acts in a dataset, for its card."""
+    if policies == [None]:
+        return "uniformly random actions"
+    snapshots = f"{len(policies)} snapshots" if policies[1:] else "one snapshot"
+    return f"{snapshots} of MATD3, exploration noise {args.noise}"
+
+
+def save_behavior(task: str, snapshots: list[Behavior], stages: dict, interval: int) -> Path:
+    """Write data/behavior/<task>.npz; `stages` holds the indices of each stage's snapshots."""
+    arrays = {}
+    for stage, chosen in stages.items():
+        columns = zip(*(snapshots[c].state_dict().values() for c in chosen), strict=True)
+        for k, column in enumerate(columns):
+            arrays[f"{stage}_{k}"] = torch.stack(column).half().numpy()
+        arrays[f"{stage}_step"] = interval * np.array(chosen)
+    BEHAVIOR_DIR.mkdir(exist_ok=True)
+    path = BEHAVIOR_DIR / f"{task}.npz"
+    np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
+    path.with_suffix(".tmp.npz").replace(path)
+    return path
+
+
+# endregion behavior
 
 
 @torch.no_grad()
@@ -348,28 +454,6 @@ def roll_out(env: MPE, policy: Behavior | None, noise_sd: float) -> dict[str, np
 def episode_returns(reward: np.ndarray) -> np.ndarray:
     """Undiscounted return of every episode, mean over agents: (N, K * 25) -> (K,)."""
     return reward.reshape(len(reward), -1, MPE.horizon).sum(axis=-1).mean(axis=0)
-
-
-def load_behavior(task: str, quality: str, env: MPE) -> list[Behavior | None]:
-    """The policies whose roll-outs make up a dataset, in the order of training; None is random.
-
-    data/behavior/<task>.npz holds `replay_<k>`, `medium_<k>` and `expert_<k>`: parameter k, weights
-    and biases in turn, of that stage's snapshots, (snapshots, N, ...) in float16, and in
-    `<stage>_step` the environment steps that they were trained for.
-    """
-    if quality == "random":
-        return [None]
-    stage, path, policies = quality.removeprefix("medium-"), BEHAVIOR_DIR / f"{task}.npz", []
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            parameters = [torch.from_numpy(file[f"{stage}_{k}"]).float() for k in range(6)]
-        for snapshot in zip(*parameters, strict=True):
-            policies.append(Behavior(env.num_agents, env.obs_dims[0], env.action_dims[0]))
-            keys = policies[-1].state_dict()
-            policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
-    except Exception as problem:
-        stop(f"{path} cannot be read", problem)
-    return policies
 
 
 def check_args(args: Args) -> None:
@@ -425,46 +509,15 @@ def write_files(folder: Path, args: Args, policies: list, prey_policy) -> np.nda
 
 
 def collect(args: Args) -> dict:
-    """Write one dataset and return its card; a collection that is stopped leaves nothing behind."""
+    """Write one dataset and return its card."""
     check_args(args)
     prey = install_prey(args.task, args.data_dir)
-    folder = args.data_dir / args.task / args.quality / f"seed_{args.seed}_data"
-    if folder.exists():
-        stop(f"{folder} is there already, and is left as it is; --data-dir can name another place")
     prey_policy = find_prey(args.task, args.data_dir)
     policies = load_behavior(args.task, args.quality, MPE(args.task, 1))
-    behaviour = f"{len(policies)} snapshots of MATD3" if policies[1:] else "one snapshot of MATD3"
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        returns = write_files(temporary, args, policies, prey_policy)
-        card = {
-            "dataset": f"{args.task}, {args.quality}, seed {args.seed}",
-            "behaviour": f"{behaviour}, exploration noise {args.noise}",
-            "prey": prey,
-            "transitions": args.num_transitions,
-            "episodes": len(returns),
-            "return mean": round(float(returns.mean()), 2),
-            "return sd": round(float(returns.std()), 2),
-            "public data's return mean": PUBLIC_RETURNS[args.task][args.quality],
-            "command": f"python data/collect_mpe.py --task {args.task} --quality {args.quality} "
-            f"--seed {args.seed} --num-transitions {args.num_transitions} --noise {args.noise}",
-            "versions": f"torch {torch.__version__}, numpy {np.__version__}",
-        }
-        if args.quality == "random":
-            card["behaviour"] = "uniformly random actions"
-        (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as problem:
-        stop(f"{folder} cannot be written", problem)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; no dataset was written") from None
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return card
+    facts = {"behaviour": describe(args, policies), "prey": prey}
+    return write_dataset(
+        args, facts, lambda folder: write_files(folder, args, policies, prey_policy)
+    )
 
 
 def train_behavior(args: Args) -> None:
@@ -551,16 +604,7 @@ def train_behavior(args: Args) -> None:
         "medium": [middle],
         "expert": [len(returns) - 1],
     }
-    arrays = {}
-    for stage, chosen in stages.items():
-        columns = zip(*(snapshots[c].state_dict().values() for c in chosen), strict=True)
-        for k, column in enumerate(columns):
-            arrays[f"{stage}_{k}"] = torch.stack(column).half().numpy()
-        arrays[f"{stage}_step"] = check_interval * np.array(chosen)
-    BEHAVIOR_DIR.mkdir(exist_ok=True)
-    path = BEHAVIOR_DIR / f"{args.task}.npz"
-    np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
-    path.with_suffix(".tmp.npz").replace(path)
+    path = save_behavior(args.task, snapshots, stages, check_interval)
     print(f"{path}: medium {returns[middle]:.1f}, expert {returns[-1]:.1f}, {step:,} steps")
 
 

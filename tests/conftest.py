@@ -106,3 +106,21 @@ def make_data():
         return data
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_mujoco_data():
+    """A function that writes a tiny MuJoCo dataset in OMAR's layout: random actions.
+
+    make_mujoco_data(folder, task, quality, transitions, seed), as `make_data`.
+    """
+    import collect_mamujoco
+
+    def write(folder, task, quality="expert", transitions=500, seed=0):
+        folder = Path(folder) / task / quality / f"seed_{seed}_data"
+        folder.mkdir(parents=True)
+        args = collect_mamujoco.Args(task=task, seed=seed, num_transitions=transitions)
+        collect_mamujoco.write_files(folder, args, [None], collect_mamujoco.MaMuJoCo(task, 5))
+        return {path.stem: np.load(path) for path in folder.glob("*.npy")}
+
+    return write

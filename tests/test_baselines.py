@@ -140,7 +140,9 @@ def test_bc_loss(double):
     """E || a_pi - a ||^2."""
     batch = make_batch()
     check(
-        lambda theta: bc.policy_loss(SimpleNamespace(act=lambda obs: acting(theta, obs)), batch),
+        lambda theta: bc.policy_loss(
+            SimpleNamespace(act=lambda obs: acting(theta, obs), mask=None), batch
+        ),
         lambda theta, frozen: squares(acting(theta, batch["obs"]), batch["action"]),
     )
 
@@ -152,7 +154,7 @@ def test_td3_bc_loss(q_weight, double):
     obs = batch["obs"]
 
     def loss_of(theta):
-        policy = SimpleNamespace(act=lambda obs: acting(theta, obs))
+        policy = SimpleNamespace(act=lambda obs: acting(theta, obs), mask=None)
         return policy_loss("td3_bc", policy, twin, batch, q_weight=q_weight)
 
     def formula(theta, frozen):
@@ -172,7 +174,7 @@ def test_omar_loss(coe, monkeypatch, double):
     monkeypatch.setattr(omar, "search", lambda *inputs: seen.append(inputs) or best)
 
     def loss_of(theta):
-        policy = SimpleNamespace(act=lambda obs: acting(theta, obs))
+        policy = SimpleNamespace(act=lambda obs: acting(theta, obs), mask=None)
         return policy_loss("omar", policy, twin, batch, omar_coe=coe)
 
     def formula(theta, frozen):
@@ -189,6 +191,8 @@ def test_omar_loss(coe, monkeypatch, double):
 
 class Hand:
     """The hand-made prediction and action as a policy."""
+
+    mask = None
 
     def __init__(self, theta):
         self.theta = theta
@@ -538,7 +542,7 @@ def test_conservative_term_lowers_other_actions():
 
 
 def make_episodes(returns, horizon=2):
-    """Episodes of two agents with these returns; a row's obs is its number.
+    """Episodes of two agents with these returns; a row's obs is its number and goes on to the next.
 
     By a single agent's rewards, or by the largest or the first of an episode, the order is another.
     """
@@ -547,7 +551,9 @@ def make_episodes(returns, horizon=2):
     reward = torch.tensor(returns).repeat_interleave(horizon) / horizon
     own = torch.tensor([-9.0, 5.0, 0.0]).repeat_interleave(horizon)
     reward += torch.tensor([9.0, -9.0, 3.0, -3.0, 6.0, -6.0])  # sums to 0 over each episode
-    return {"obs": rows.expand(N, T)[..., None], "reward": reward + torch.stack([own, -own])}
+    obs, last = rows.expand(N, T)[..., None], (rows % horizon == horizon - 1)[:, None]
+    reward = reward + torch.stack([own, -own])
+    return {"obs": obs, "reward": reward, "next_obs": obs + torch.where(last, 0.5, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -563,17 +569,18 @@ def make_episodes(returns, horizon=2):
 def test_reweighting(returns, quantiles, added):
     """Episodes from a quantile of the returns on come once more, whole, in order, at the end."""
     dataset = make_episodes(returns)
-    result = dom2.reweight(dataset, 2, quantiles)
+    result = dom2.reweight(dataset, quantiles)
     expected = [0, 1, 2, 3, 4, 5, *added]
     assert result.keys() == dataset.keys()
     assert result["obs"][..., 0].tolist() == [expected] * N
     assert torch.equal(result["reward"], dataset["reward"][:, expected])
 
 
-def test_reweighting_refuses_broken_episodes():
-    """With a row too few nobody knows which rows an episode is."""
-    dataset = {key: value[:, :-1] for key, value in make_episodes([1.0, 5.0, 3.0]).items()}
-    assert "--return-quantiles" in refusal(dom2.reweight, dataset, 2, (0.5,))
+def test_reweighting_refuses_shuffled_rows():
+    """Rows that do not go on from one another are no episodes."""
+    dataset = make_episodes([1.0, 5.0, 3.0])
+    shuffled = {key: value[:, [3, 0, 5, 1, 4, 2]] for key, value in dataset.items()}
+    assert "--return-quantiles" in refusal(dom2.reweight, shuffled, (0.5,))
 
 
 # Updates

@@ -1,0 +1,811 @@
+"""DOM2 on multi-agent MuJoCo.
+
+DOM2 (Li et al., 2023, arxiv.org/abs/2307.01472): every agent's policy is a diffusion model in
+continuous time with the score network of SfBC (Chen et al., 2023, arxiv.org/abs/2209.14548),
+sampled in a few steps of the first-order DPM-Solver (Lu et al., 2022, arxiv.org/abs/2206.00927).
+The gradient of a conservative critic runs back through them.
+
+    alpha_t, sigma_t     signal and noise at time t of the VP-SDE, 0 at t = 0; beta from 0.1 to 20
+    x_t                  alpha_t action + sigma_t e, with e ~ N(0, I)
+    eps(x_t, t | o)      the network: the noise e in x_t
+    a                    (x_t - sigma_t eps) / alpha_t, the action as seen from x_t
+    x_s                  (sigma_s / sigma_t) (x_t - alpha_t a) + alpha_s a, a solver step, t to s
+    L = E || eps(x_t, t | o) - e ||^2 - q_weight E[Q(o, a_pi)] / |Q|
+    L_Q = TD + cql_alpha (log sum_j exp Q(o, a_j) - Q(o, a_data))            a_j uniform, j = 1..10
+
+Differences from the paper: 1. in a solver step the action a is clipped to [-1, 1], without which
+errors at t = 1 grow by 1 / alpha_1 = 150; 2. the score network keeps SfBC's blocks, but its
+widths, `score_dims`, are chosen for a size near the other methods' networks (the paper: 512 256
+128), and it has no dropout; 3. data reweighting, `return_quantiles`, is off by default; 4. step
+sizes, batches and the critics' networks are those of om2p_mamujoco.py.
+
+Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
+E critics, J sampled actions, K episodes, T transitions.
+
+    python baselines/dom2_mamujoco.py --task HalfCheetah-2x3 --quality expert --seed 0
+"""
+
+# region imports_mamujoco
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+with contextlib.redirect_stderr(io.StringIO()):  # the package's news about other environments
+    from gymnasium_robotics import mamujoco_v1
+
+# endregion imports_mamujoco
+
+
+@dataclass
+class Args:
+    # region args
+    # Experiment
+    seed: int = 0
+    """seed of networks, batches and evaluation episodes; also names the dataset, seed_<n>_data"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where the networks and the whole dataset live: cpu, cuda, cuda:1"""
+    run_dir: Path = Path("runs")
+    """outputs go to <run-dir>/<task>-<quality>/<script>/seed-<n>/"""
+    resume: bool = False
+    """go on from the run's checkpoint, or start if it has none"""
+
+    # Data and evaluation
+    quality: Literal[
+        "expert", "medium", "medium-replay", "random", "medium-expert", "random-medium"
+    ] = "expert"
+    """the behaviour in the data; the last two are mixtures, 9:1"""
+    data_dir: Path = Path("data")
+    """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
+    timeout_done: bool = False
+    """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
+    # endregion args
+    # region args_mamujoco
+    task: str = "HalfCheetah-2x3"
+    """<robot>-<partition>, as HalfCheetah-6x1, Ant-2x4, Hopper-3x1, Walker2d-2x3 or Swimmer-2x1"""
+    eval_interval: int = 5_000
+    """updates between evaluations, each with a checkpoint, 1 or more"""
+    eval_episodes: int = 10
+    """episodes per evaluation, always from the same initial states, 1 or more"""
+    # endregion args_mamujoco
+
+    # DOM2
+    # region args_training_mamujoco
+    num_updates: int = 40_000
+    """gradient steps, 1 or more"""
+    batch_size: int = 128
+    """transitions of every agent in an update, 1 or more"""
+    hidden_dims: tuple[int, ...] = (128, 128)
+    """widths of the networks' hidden layers"""
+    learning_rate: float = 1e-3
+    """Adam's step size, 0 or more; the policy's goes down to 0 over the run, linearly"""
+    # endregion args_training_mamujoco
+    # region args_critic_mamujoco
+    gamma: float = 0.99
+    """discount factor, 0 to 1"""
+    tau: float = 0.005
+    """update rate of target networks, 0 to 1"""
+    # endregion args_critic_mamujoco
+    # region args_conservative
+    cql_alpha: float = 0.1
+    """weight of the conservative term in the critics' loss, 0 or more; 0 is plain TD learning"""
+    cql_samples: int = 10
+    """uniform actions in the conservative term, 1 or more"""
+    # endregion args_conservative
+    q_weight: float = 8.0
+    """weight of the Q term against the diffusion loss, 0 or more; eta in the paper"""
+    # region args_dom2
+    solver_steps: int = 5
+    """steps of the DPM-Solver from noise to action, 1 or more"""
+    score_dims: tuple[int, ...] = (64, 32)
+    """widths of the score network's blocks on the way down, reversed on the way up; one or more"""
+    return_quantiles: tuple[float, ...] = ()
+    """data reweighting: episodes that reach the returns' quantile count once more, each 0 to 1"""
+    # endregion args_dom2
+
+
+# region networks
+class StackedLinear(nn.Module):
+    """A linear layer for each entry of `stack`, (N,) agents or (E, N) critics and agents.
+
+    (*stack, B, in_dim) -> (*stack, B, out_dim); leading dimensions that the input lacks broadcast.
+    Initialised as nn.Linear is.
+    """
+
+    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def mlp(
+    stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, layer_norm=False
+) -> nn.Sequential:
+    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
+
+    The norm has no scale and shift of its own: the linear layer behind it has them already, and a
+    shared one would couple the agents.
+    """
+    layers = []
+    for width in hidden_dims:
+        layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
+        layers += [nn.LayerNorm(width, elementwise_affine=False)] if layer_norm else []
+        in_dim = width
+    return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
+
+
+def squared_error(
+    x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|| x - y ||^2 of actions (N, B, action_dim): mean over batch and components, sum over agents.
+
+    Components that only pad an agent's action, in teams whose agents have different numbers of
+    them, count for nothing: they are 0 in the mask (action_dim,) or (N, 1, action_dim), others 1.
+    """
+    error = F.mse_loss(x, y, reduction="none").mean(dim=-2, keepdim=True)  # (N, 1, action_dim)
+    mask = torch.ones_like(error) if mask is None else mask
+    return ((mask * error).sum(dim=-1) / mask.sum(dim=-1)).sum()
+
+
+class Critic(nn.Module):
+    """Q_i(o_i, a_i) of every agent, twice: (N, B, obs_dim), (N, B, action_dim) -> (2, N, B).
+
+    Components of actions that are padding, 0 in `mask` as in `squared_error`, are not looked at.
+    """
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        super().__init__()
+        self.net = mlp((2, num_agents), obs_dim + action_dim, hidden_dims, 1, layer_norm=True)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([obs, self.mask * action], dim=-1)).squeeze(-1)
+
+
+# endregion networks
+
+
+# region td
+def critic_loss(
+    critic: nn.Module,
+    target_critic: nn.Module,
+    policy: nn.Module,
+    batch: dict,
+    gamma: float,
+    aggregate: Callable = torch.mean,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temporal-difference loss, sum over critics and agents, mean over the batch; and Q (2, N, B).
+
+    y = reward + gamma (1 - done) mean_k Q'_k(o', a_pi(o')), without gradient; aggregate=torch.amin
+    takes the smaller critic's value (TD3). The batch holds obs, next_obs (N, B, obs_dim), action
+    (N, B, action_dim), reward and done (N, B).
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], policy.act(batch["next_obs"]))
+        target = batch["reward"] + gamma * (1 - batch["done"]) * aggregate(next_q, dim=0)
+    q = critic(batch["obs"], batch["action"])
+    return F.mse_loss(q, target.expand_as(q), reduction="none").mean(dim=-1).sum(), q
+
+
+# endregion td
+
+
+# region conservative
+def q_of_samples(critic: nn.Module, obs: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Q of J actions for every observation: (N, B, obs_dim), (J, N, B, D) -> (E, J, N, B)."""
+    num_samples, num_agents, batch_size, _ = samples.shape
+    flat = samples.transpose(0, 1).reshape(num_agents, num_samples * batch_size, -1)
+    q = critic(obs.repeat(1, num_samples, 1), flat)
+    return q.view(-1, num_agents, num_samples, batch_size).transpose(1, 2)
+
+
+def conservative_term(
+    critic: nn.Module, obs: torch.Tensor, q: torch.Tensor, action_dim: int, num_samples: int
+) -> torch.Tensor:
+    """log sum_j exp Q(o, a_j) - Q(o, a_data) with uniform a_j (CQL, equation 4).
+
+    Takes the Q of the recorded actions, (E, N, B); mean over the batch, sum over critics, agents.
+    """
+    samples = torch.empty(num_samples, *obs.shape[:-1], action_dim, device=obs.device)
+    others = q_of_samples(critic, obs, samples.uniform_(-1, 1)).logsumexp(dim=1)
+    return (others - q).mean(dim=-1).sum()
+
+
+# endregion conservative
+
+
+# region dom2
+class Block(nn.Module):
+    """Residual block of SfBC's score network: two layers, the time's embedding added between them.
+
+    (N, B, in_dim), embedding (N, B, embed_dim) -> (N, B, out_dim).
+    """
+
+    def __init__(self, num_agents: int, in_dim: int, out_dim: int, embed_dim: int):
+        super().__init__()
+        self.first, self.second, self.time, self.skip = (
+            StackedLinear((num_agents,), dim, out_dim)
+            for dim in (in_dim, out_dim, embed_dim, in_dim)
+        )
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        hidden = F.silu(self.first(x)) + self.time(F.silu(embedding))
+        return F.silu(self.second(hidden)) + self.skip(x)
+
+
+class ScorePolicy(nn.Module):
+    """The noise eps(x_t, t | o) in every agent's noisy actions, and DPM-Solver steps to actions."""
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, score_dims, steps=5):
+        super().__init__()
+        self.action_dim, self.steps, embed_dim = action_dim, steps, score_dims[0]
+        # Random Fourier features of the time, as many for every agent, and an embedding with o
+        self.register_buffer("frequency", 30 * torch.randn(num_agents, 1, 16))
+        self.embed = StackedLinear((num_agents,), 32 + obs_dim, embed_dim)
+        ins, self.down, self.up = [action_dim, *score_dims], nn.ModuleList(), nn.ModuleList()
+        for in_dim, out_dim in zip(ins, score_dims, strict=False):
+            self.down.append(Block(num_agents, in_dim, out_dim, embed_dim))
+        self.middle = Block(num_agents, score_dims[-1], score_dims[-1], embed_dim)
+        below = score_dims[-1]
+        for width in reversed(score_dims):
+            self.up.append(Block(num_agents, below + width, width, embed_dim))
+            below = width
+        self.last = StackedLinear((num_agents,), below, action_dim)
+        self.register_buffer("mask", torch.ones(action_dim), persistent=False)
+
+    def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(N, B, obs_dim), (N, B, action_dim), (N, B, 1) -> eps (N, B, action_dim)."""
+        angle = 2 * math.pi * self.frequency * t
+        embedding = self.embed(torch.cat([angle.sin(), angle.cos(), obs], dim=-1))
+        x, skips = self.mask * x, []
+        for block in self.down:
+            x = block(x, embedding)
+            skips.append(x)
+        x = self.middle(x, embedding)
+        for block, skip in zip(self.up, reversed(skips), strict=True):
+            x = block(torch.cat([x, skip], dim=-1), embedding)
+        return self.last(x)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Solver steps from t = 1 to 0.001: (N, B, obs_dim) -> (N, B, action_dim) in [-1, 1]."""
+        if noise is None:
+            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+        x, times = noise, torch.linspace(1, 1e-3, self.steps + 1, device=obs.device)
+        for k in range(self.steps):
+            t, s = times[k], times[k + 1]
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = vp_sde(t), vp_sde(s)
+            action = (x - sigma_t * self(obs, x, t.expand_as(x[..., :1]))) / alpha_t
+            action = action.clamp(-1, 1)
+            x = sigma_s / sigma_t * (x - alpha_t * action) + alpha_s * action
+        return x.clamp(-1, 1)
+
+
+def vp_sde(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_t, sigma_t of the variance-preserving SDE, beta from 0.1 to 20 (Song et al., 2021)."""
+    log_alpha = -0.25 * (20 - 0.1) * t**2 - 0.5 * 0.1 * t
+    return log_alpha.exp(), (1 - (2 * log_alpha).exp()).sqrt()
+
+
+def diffusion_loss(
+    policy: nn.Module, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """|| eps(x_t, t | o) - e ||^2, x_t = alpha_t action + sigma_t e (Song et al., 2021).
+
+    Shapes as in `forward`, the mean as in `squared_error`.
+    """
+    alpha, sigma = vp_sde(t)
+    eps = policy(obs, alpha * action + sigma * noise, t)
+    return squared_error(eps, noise, policy.mask)
+
+
+def policy_loss(
+    policy: nn.Module, critic: nn.Module, batch: dict, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Diffusion loss minus q_weight E[min_k Q_k(o, a_pi)] / sg(E|min_k Q_k|), sum over agents."""
+    obs, action = batch["obs"], batch["action"]
+    t = 1e-3 + (1 - 1e-3) * torch.rand_like(action[..., :1])
+    diffusion = diffusion_loss(policy, obs, action, torch.randn_like(action), t)
+    q = critic(obs, policy.act(obs)).amin(dim=0)  # (2, N, B) -> (N, B)
+    q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
+    loss = diffusion - args.q_weight * q_term
+    return loss, {"diffusion": diffusion.detach(), "policy_q": q.detach().mean()}
+
+
+def reweight(dataset: dict, quantiles: tuple[float, ...]) -> dict:
+    """Add the episodes that reach each quantile of the returns once more (DOM2's reweighting).
+
+    An episode ends where the next row does not go on from it.
+    """
+    goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1).all(dim=0)
+    episode = F.pad((~goes_on).cumsum(dim=0), (1, 0))  # (T,), the number of each row's episode
+    if episode[-1] > len(episode) / 2:
+        stop("--return-quantiles needs data in the order of time, and these are not")
+    reward = dataset["reward"].mean(dim=0)
+    returns = torch.zeros(int(episode[-1]) + 1, device=reward.device).index_add(0, episode, reward)
+    rows = [torch.arange(len(episode), device=reward.device)]
+    rows += [(returns >= returns.quantile(q))[episode].nonzero()[:, 0] for q in quantiles]
+    return {key: value[:, torch.cat(rows)] for key, value in dataset.items()}
+
+
+# endregion dom2
+
+
+# region ranges
+RANGES = {  # of the settings, ends included; a script adds its own
+    "seed": (0, 2**31),
+    "eval_interval": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "num_updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "hidden_dims": (1, math.inf),
+    "learning_rate": (0, math.inf),
+}
+
+
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion ranges
+
+RANGES |= {"gamma": (0, 1), "tau": (0, 1), "q_weight": (0, math.inf), "cql_alpha": (0, math.inf)}
+RANGES |= {"cql_samples": (1, math.inf), "solver_steps": (1, math.inf)}
+RANGES |= {"score_dims": (1, math.inf), "return_quantiles": (0, 1)}
+
+
+# region dataset
+FILES = {"obs": "obs", "action": "acs", "reward": "rews", "next_obs": "next_obs", "done": "dones"}
+MIXTURES = {  # the first 90 % of one dataset, then the first 10 % of the other; OM2P's release
+    "medium-expert": (("medium", 0.9), ("expert", 0.1)),
+    "random-medium": (("random", 0.9), ("medium", 0.1)),
+}
+
+
+def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: str) -> None:
+    """Have the repository's collector make a dataset that is missing, or say how to get it."""
+    missing = f"there are no {task} {quality} data, seed {seed}, in {data_dir}"
+    options = ["--task", task, "--quality", quality, "--seed", str(seed)]
+    here = Path(__file__).resolve().parent
+    for path in (here / "data" / collector, here.parent / "data" / collector):
+        if path.is_file():
+            print(f"{missing}; making them")
+            if subprocess.run([sys.executable, path, *options, "--data-dir", data_dir]).returncode:
+                stop(f"data/{collector} could not make the {quality} data")
+            return
+    stop(
+        f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
+        f"ones by `bash data/download.sh {task} {quality}`"
+    )
+
+
+def read_array(path: Path, length: int | None, width: int | None) -> np.ndarray:
+    """Map one .npy file and check it: (length, width); without width (length,) or (length, 1)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise ValueError("it is not an array of numbers")
+    except Exception as problem:
+        stop(f"{path} cannot be read", problem)
+    if width is None and array.shape[1:] == (1,):
+        array = array[:, 0]
+    expected = (array.shape[0] if length is None and array.ndim else length,)  # free at first
+    expected += () if width is None else (width,)
+    if array.shape != expected:
+        stop(f"{path} has shape {array.shape}; expected {expected}")
+    return array
+
+
+def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device="cpu") -> dict:
+    """Read OMAR's {obs,acs,rews,next_obs,dones}_{i}.npy, one of each for every agent.
+
+    Returns float32 tensors on `device`: obs, next_obs (N, T, obs_dim), action (N, T, action_dim),
+    reward, done (N, T); agents of smaller dimensions are padded with zeros. Ends the program with a
+    line that names the file if one is missing, unreadable, misshapen, or holds NaN or infinities.
+    """
+    widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
+    columns = {key: [[] for _ in range(env.num_agents)] for key in FILES}
+    for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
+        folder, length = Path(data_dir) / task / part / f"seed_{seed}_data", None
+        if not folder.is_dir():
+            make_dataset(data_dir, task, part, seed, env.collector)
+        if (folder / f"obs_{env.num_agents}.npy").exists():
+            stop(f"{folder} holds more than the {env.num_agents} agents of {task}")
+        for i in range(env.num_agents):
+            for key, name in FILES.items():
+                path = folder / f"{name}_{i}.npy"
+                width = widths[key][i] if key in widths else None
+                array = read_array(path, length, width)
+                length = len(array)
+                values = torch.from_numpy(array[: round(share * length)].astype(np.float32))
+                if not values.isfinite().all():
+                    stop(f"{path} holds NaN or infinite values")
+                if key == "action" and (values.abs() > 1.001).any():
+                    stop(f"{path} holds actions outside [-1, 1]")
+                if width is not None:
+                    values = F.pad(values, (0, max(widths[key]) - width))
+                columns[key][i].append(values)
+    return {
+        key: torch.stack([torch.cat(parts) for parts in agents]).to(device)
+        for key, agents in columns.items()
+    }
+
+
+# endregion dataset
+
+
+# region mamujoco
+PUBLIC_RETURNS = {  # ends of the scale: OMAR (ICML 2022); the middle: OG-MARL's card of one seed
+    "HalfCheetah-2x3": {
+        "expert": 3568.8,
+        "medium": 1568.9,
+        "medium-replay": 423.5,
+        "random": -284.0,
+    },
+}
+FALLING = ("Ant", "Hopper", "Walker2d")  # their -v2 tasks pay 1 for the step of the fall, too
+SETTINGS = {  # of gymnasium's -v5 robots, for the rewards and the body of -v2
+    "Ant": {"contact_cost_weight": 0.0},
+    "Walker2d": {"xml_file": "walker2d.xml"},
+}
+
+
+def normalized_score(task: str, returns):
+    """Score on the field's scale: 0 for the public random data, 100 for its expert data.
+
+    NaN for tasks without public data; give them a scale by a line in PUBLIC_RETURNS.
+    """
+    scale = PUBLIC_RETURNS.get(task, {"random": math.nan, "expert": math.nan})
+    return 100 * (returns - scale["random"]) / (scale["expert"] - scale["random"])
+
+
+class MaMuJoCo:
+    """Multi-agent MuJoCo by gymnasium-robotics: a team of body parts drives one robot, K episodes.
+
+    A task is <robot>-<partition>, any that MaMuJoCo has. Agents observe positions and velocities
+    of their own joints alone (agent_obsk=0, no global categories), as in the public data; actions
+    in [-1, 1] are scaled to the robot's controls; everybody's reward is the robot's, by the rules
+    of the -v2 tasks. Smaller agents' observations are padded with zeros, and what they do beyond
+    their own action components is ignored. An episode lasts `horizon` steps; where the robot falls
+    (`done`) it ends, and pays nothing more.
+
+    Source: robotics.farama.org/envs/MaMuJoCo; de Witt et al. (2020), arxiv.org/abs/2003.06709.
+    """
+
+    collector = "collect_mamujoco.py"
+
+    def __init__(self, task: str, num_episodes: int, seed: int = 0):
+        self.task, self.num_episodes = task, num_episodes
+        self.robot, _, partition = task.partition("-")
+        settings = {"agent_obsk": 0, "global_categories": (), **SETTINGS.get(self.robot, {})}
+        try:
+            self.envs = [
+                mamujoco_v1.parallel_env(scenario=self.robot, agent_conf=partition, **settings)
+                for _ in range(num_episodes)
+            ]
+        except Exception as problem:
+            stop(f"--task {task} is not <robot>-<partition> of MaMuJoCo", problem)
+        version = tuple(int(number) for number in mujoco.__version__.split(".")[:2])
+        if self.robot in ("Ant", "Hopper") and version >= (3, 5):
+            print(
+                f"warning: with MuJoCo {mujoco.__version__} {self.robot} does not move as in data "
+                f"made with MuJoCo before 3.5: pip install 'mujoco>=3.3,<3.5'",
+                file=sys.stderr,
+            )
+        self.names = self.envs[0].possible_agents
+        self.num_agents = len(self.names)
+        self.obs_dims, self.action_dims = (
+            tuple(spaces[name].shape[0] for name in self.names)
+            for spaces in (self.envs[0].observation_spaces, self.envs[0].action_spaces)
+        )
+        self.action_scale = self.envs[0].action_spaces[self.names[0]].high[0]
+        self.horizon = self.envs[0].single_agent_env.get_wrapper_attr("_max_episode_steps")
+        self.reset(seed)
+
+    @property
+    def action_mask(self) -> torch.Tensor:
+        """1 for the agents' own action components, 0 for padding: (N, 1, action_dim)."""
+        dims = torch.tensor(self.action_dims)
+        return (torch.arange(max(self.action_dims)) < dims[:, None, None]).float()
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Start K episodes; `seed` restarts the random numbers. Observations (N, K, obs_dim)."""
+        self.done = np.zeros(self.num_episodes, bool)
+        self.obs = np.zeros((self.num_agents, self.num_episodes, max(self.obs_dims)), np.float32)
+        seeds = np.random.SeedSequence(seed).generate_state(self.num_episodes)
+        for k, env in enumerate(self.envs):
+            obs, _ = env.reset(seed=None if seed is None else int(seeds[k]))
+            self.observe(k, obs)
+        return self.obs.copy()
+
+    def observe(self, k: int, obs: dict[str, np.ndarray]) -> None:
+        """Take over one episode's observations."""
+        for i, name in enumerate(self.names):
+            self.obs[i, k, : self.obs_dims[i]] = obs[name]
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Advance by `action` (N, K, action_dim) the episodes that are not over.
+
+        Returns the next observations (N, K, obs_dim), float32, and each agent's reward (N, K).
+        """
+        reward = np.zeros(self.num_episodes)
+        for k in np.flatnonzero(~self.done):
+            own = {
+                name: self.action_scale * action[i, k, : self.action_dims[i]]
+                for i, name in enumerate(self.names)
+            }
+            obs, rewards, terminated, _, _ = self.envs[k].step(own)
+            self.observe(k, obs)
+            self.done[k] = terminated[self.names[0]]
+            reward[k] = rewards[self.names[0]] + (self.done[k] and self.robot in FALLING)
+        return self.obs.copy(), np.tile(reward, (self.num_agents, 1))
+
+
+# endregion mamujoco
+
+
+# region evaluate
+@torch.no_grad()
+def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
+    """Play K episodes and return the return of each, (K,): sum over steps, mean over agents.
+
+    Initial states and noise depend on `seed` alone, and training's random state is left as it was.
+    """
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        obs, returns = env.reset(seed), 0.0
+        for _ in range(env.horizon):
+            action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
+            obs, reward = env.step(action)
+            returns = returns + reward.mean(axis=0)
+    return returns
+
+
+# endregion evaluate
+
+
+# region write
+def write(path: Path, save: Callable, state) -> None:
+    """Write a file by save(state, file); a full disk or an interrupt leaves the old one whole."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    save(state, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_table(rows: list[dict], file) -> None:
+    """Write rows with the same keys as csv into a binary file."""
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+# endregion write
+
+
+def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
+    """Train one team and write its run directory; return the policy and the final returns (K,)."""
+    # region setup
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= v <= high and math.isfinite(v) for v in values):
+            stop(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as problem:
+        stop(f"--device {args.device} cannot be used", problem)
+    torch.manual_seed(args.seed)
+    # endregion setup
+
+    env = MaMuJoCo(args.task, args.eval_episodes)
+    dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
+    if args.return_quantiles:
+        dataset = reweight(dataset, args.return_quantiles)
+
+    # region prepare
+    num_agents, num_transitions, obs_dim = dataset["obs"].shape
+    action_dim = dataset["action"].shape[-1]
+    if num_transitions < args.batch_size:
+        stop(f"the dataset's {num_transitions} transitions are fewer than --batch-size")
+    if args.timeout_done:  # an episode ends where the next row does not go on from it
+        goes_on = (dataset["next_obs"][:, :-1] == dataset["obs"][:, 1:]).all(dim=-1)
+        dataset["done"] = F.pad((~goes_on).float(), (0, 1), value=1.0)
+        if dataset["done"].mean() > 0.5:
+            stop("--timeout-done needs data in the order of time, and these are not")
+    # Rewards of unit variance: critics need not grow to outputs in the hundreds first
+    dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+    # endregion prepare
+
+    if not args.score_dims:
+        stop("--score-dims is empty; it must hold at least one width")
+    sizes = num_agents, obs_dim, action_dim, args.score_dims
+    policy = ScorePolicy(*sizes, args.solver_steps).to(args.device)
+    policy.mask = env.action_mask.to(args.device)
+    # region update_conservative
+    critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
+    critic.mask = policy.mask
+    target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
+    policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)
+    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
+
+    def update() -> dict[str, torch.Tensor]:
+        index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
+        batch = {key: value[:, index] for key, value in dataset.items()}
+
+        # Critic: one step towards the TD target, and recorded actions above others
+        td, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
+        gap = conservative_term(critic, batch["obs"], q, action_dim, args.cql_samples)
+        loss = td + args.cql_alpha * gap
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        losses = {"critic": td.detach(), "conservative": gap.detach(), "data_q": q.detach().mean()}
+
+        # Policy: its own loss, and up the critic, whose own gradient is not needed
+        critic.requires_grad_(False)
+        loss, parts = policy_loss(policy, critic, batch, args)
+        policy_optimizer.zero_grad()
+        loss.backward()
+        policy_optimizer.step()
+        policy_schedule.step()
+        critic.requires_grad_(True)
+        losses |= {"policy": loss.detach(), **parts}
+
+        # Target networks
+        with torch.no_grad():
+            for target_net, net in ((target_policy, policy), (target_critic, critic)):
+                for target, source in zip(target_net.parameters(), net.parameters(), strict=True):
+                    target.lerp_(source, args.tau)
+        return losses
+
+    states = {
+        "policy": policy,
+        "critic": critic,
+        "target_policy": target_policy,
+        "target_critic": target_critic,
+        "policy_optimizer": policy_optimizer,
+        "critic_optimizer": critic_optimizer,
+        "policy_schedule": policy_schedule,
+    }
+    # endregion update_conservative
+
+    # region loop
+    script = Path(__file__)
+    run_dir = args.run_dir / f"{args.task}-{args.quality}" / script.stem / f"seed-{args.seed}"
+    checkpoint_path = run_dir / "checkpoint.pt"
+    settings = {key: str(value) for key, value in asdict(args).items()}
+    first_step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
+    try:
+        if args.resume and checkpoint_path.exists():
+            state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            free = ("run_dir", "data_dir", "device", "resume")
+            for key, value in state["settings"].items():
+                if value != settings[key] and key not in free:
+                    raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
+            for name, part in states.items():
+                part.load_state_dict(state["states"][name])
+            first_step, seconds = state["step"], state["seconds"]
+            history, returns = state["history"], state["returns"]
+            torch.set_rng_state(state["rng"])
+            if args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    except Exception as problem:
+        stop(f"{checkpoint_path} cannot be resumed", problem)
+    try:
+        if run_dir.exists() and not args.resume:
+            old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+            old.parent.mkdir(exist_ok=True)
+            run_dir.rename(old)
+            print(f"the previous run in {run_dir} is now {old}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        shutil.copy(script, run_dir)
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written", problem)
+
+    writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+    start, step, sums, count = time.time() - seconds, first_step, {}, 0
+    bar = tqdm(total=args.num_updates, initial=first_step, unit="update", disable=None)
+    try:
+        for step in range(first_step + 1, args.num_updates + 1):
+            for key, value in update().items():
+                sums[key] = sums.get(key, 0) + value
+            count += 1
+            evaluating = step % args.eval_interval == 0 or step == args.num_updates
+            if step % 100 and not evaluating:
+                continue
+
+            losses = {key: value.item() / count for key, value in sums.items()}
+            sums, count, seconds = {}, 0, time.time() - start
+            bar.update(step - bar.n)
+            for key, value in losses.items():
+                writer.add_scalar(f"losses/{key}", value, step)
+                if not abs(value) < 1e8:
+                    stop(
+                        f"losses/{key} is {value} at update {step}: training has diverged; "
+                        f"the last checkpoint is kept; try a lower --learning-rate"
+                    )
+            if not evaluating:
+                continue
+
+            returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
+            mean = returns.mean().item()
+            score = normalized_score(args.task, mean)
+            history.append(
+                {"step": step, "return": mean, "score": score, "seconds": seconds, **losses}
+            )
+            writer.add_scalar("charts/return", mean, step)
+            writer.add_scalar("charts/normalized_score", score, step)
+            writer.add_scalar("charts/updates_per_second", step / seconds, step)
+            tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+            write(run_dir / "metrics.csv", save_table, history)
+            state = {
+                "step": step,
+                "seconds": seconds,
+                "history": history,
+                "returns": returns,
+                "settings": settings,
+                "states": {name: part.state_dict() for name, part in states.items()},
+                "rng": torch.get_rng_state(),
+            }
+            if args.device.startswith("cuda"):
+                state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+            write(checkpoint_path, torch.save, state)
+        write(run_dir / "policy.pt", torch.save, policy.state_dict())
+        write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
+    except KeyboardInterrupt:
+        raise SystemExit(
+            f"stopped at update {step}; --resume goes on from the checkpoint"
+        ) from None
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written at update {step}", problem)
+    finally:
+        bar.close()
+        writer.close()
+
+    final, best = history[-1], max(row["score"] for row in history)
+    print(
+        f"{args.task}-{args.quality}, seed {args.seed}: final return {final['return']:.1f} "
+        f"(sd {returns.std():.1f} over {len(returns)} episodes), normalized score "
+        f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
+        f"see {run_dir}"
+    )
+    # endregion loop
+    return policy, returns.numpy()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
