@@ -209,14 +209,17 @@ class DiffusionPolicy(nn.Module):
     Steps count from 0 in the code: k = 0 is the least noisy one.
     """
 
-    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims, steps=5):
+    def __init__(
+        self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims, diffusion_steps=5
+    ):
         super().__init__()
-        self.action_dim, self.steps = action_dim, steps
+        self.action_dim, self.steps = action_dim, diffusion_steps
         self.net = mlp((num_agents,), obs_dim + action_dim + 16, hidden_dims, action_dim)
         self.register_buffer("mask", torch.ones(action_dim), persistent=False)
-        # VP schedule: the variance-preserving SDE's noise, 0.1 to 10, in `steps` steps
-        k = torch.arange(steps)
-        beta = 1 - torch.exp(-0.1 / steps - 0.5 * (10 - 0.1) * (2 * k + 1) / steps**2)
+        # VP schedule: the variance-preserving SDE's noise, 0.1 to 10, in so many steps
+        K = self.steps
+        k = torch.arange(K)
+        beta = 1 - torch.exp(-0.1 / K - 0.5 * (10 - 0.1) * (2 * k + 1) / K**2)
         abar = torch.cumprod(1 - beta, dim=0)
         before = torch.cat([torch.ones(1), abar[:-1]])  # abar of the step before
         self.register_buffer("abar", abar, persistent=False)

@@ -260,9 +260,9 @@ class Block(nn.Module):
 class ScorePolicy(nn.Module):
     """The noise eps(x_t, t | o) in every agent's noisy actions, and DPM-Solver steps to actions."""
 
-    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, score_dims, steps=5):
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, score_dims, solver_steps=5):
         super().__init__()
-        self.action_dim, self.steps, embed_dim = action_dim, steps, score_dims[0]
+        self.action_dim, self.steps, embed_dim = action_dim, solver_steps, score_dims[0]
         # Random Fourier features of the time, as many for every agent, and an embedding with o
         self.register_buffer("frequency", 30 * torch.randn(num_agents, 1, 16))
         self.embed = StackedLinear((num_agents,), 32 + obs_dim, embed_dim)

@@ -4,7 +4,6 @@ Each panel is one episode of 25 steps. Lines are the paths of the agents, dots t
 end; targets and solid obstacles are grey, food is green, forests are light green, the prey is red.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,14 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from om2p_mpe import FOOD, FOREST, LEARNERS, MPE, MeanFlowPolicy, find_prey  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from watch import agent_color, draw_landmarks, load_team
 
 
 @dataclass
 class Args:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories of om2p_mpe.py, a row of panels for each"""
+    """run directories on the particle environments, a row of panels for each"""
     out: Path = Path("benchmark/figures/team.png")
     """picture to write"""
     episodes: int = 4
@@ -41,13 +39,8 @@ def main(args: Args) -> None:
         rows, columns, figsize=(2.4 * columns, 2.55 * rows), squeeze=False, layout="constrained"
     )
     for run_dir, panels in zip(args.run_dirs, axes, strict=True):
-        settings = json.loads((run_dir / "args.json").read_text())
-        task = settings["task"]
-        env = MPE(task, columns, args.seed, find_prey(task, Path(settings["data_dir"])))
-        policy = MeanFlowPolicy(LEARNERS, env.obs_dims[0], 2, settings["hidden_dims"])
-        policy.load_state_dict(
-            torch.load(run_dir / "policy.pt", map_location="cpu", weights_only=True)
-        )
+        team = load_team(run_dir, columns, args.seed)
+        env, policy = team.env, team.policy
         torch.manual_seed(args.seed)
         obs, path, returns = env.reset(args.seed), [env.pos], 0.0
         for _ in range(env.horizon):
@@ -56,16 +49,13 @@ def main(args: Args) -> None:
             path.append(env.pos)
         path = np.stack(path, axis=1)  # (K, 26, A, 2)
         for k, panel in enumerate(panels):
-            for place, size in zip(env.landmarks[k], env.landmark_size, strict=True):
-                color = {FOOD: "tab:green", FOREST: "palegreen"}.get(size, "0.75")
-                panel.add_patch(plt.Circle(place, size, color=color, zorder=1))
+            draw_landmarks(panel, team.module, env, k)
             for agent in range(path.shape[2]):
-                color = "tab:red" if agent == LEARNERS else f"C{(0, 1, 4)[agent]}"
+                color = agent_color(team.module, agent)
                 panel.plot(*path[k, :, agent].T, color=color, lw=1.2, zorder=2)
                 end = path[k, -1, agent]
                 panel.add_patch(plt.Circle(end, env.size[agent], color=color, alpha=0.8, zorder=3))
-            panel.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[], aspect="equal")
-            panel.set_title(f"{task}, return {returns[k]:.0f}", fontsize=8)
+            panel.set_title(f"{env.task}, return {returns[k]:.0f}", fontsize=8)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data"), str(ROOT / "tools")]
 torch.set_num_threads(1)
 
 

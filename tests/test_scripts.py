@@ -22,6 +22,7 @@ from typing import get_origin
 import numpy as np
 import pytest
 import torch
+import watch
 from conftest import ROOT, Code, refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -195,6 +196,14 @@ def test_outputs(run, script):
     names = {path.name.split(".")[0] for path in run.folder.iterdir()}
     files = {"args", script.path.stem, "metrics", "final_returns", "policy", "checkpoint"}
     assert names == files | {"events"}
+
+
+def test_saved_team_plays_as_after_training(run, data):
+    """tools/watch.py builds it by the run's own script: the final returns again, bit for bit."""
+    team = watch.load_team(run.folder, TINY["eval_episodes"], seed=5, data_dir=data)
+    returns = team.module.evaluate(team.policy, team.env, seed=0)
+    np.testing.assert_array_equal(returns, np.load(run.folder / "final_returns.npy"))
+    assert team.module.__file__.startswith(str(run.folder))
 
 
 def test_last_line(run):
