@@ -24,14 +24,19 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from om2p_mpe import PUBLIC_RETURNS  # noqa: E402
+import om2p_mamujoco  # noqa: E402
+import om2p_mpe  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmark" / "results"
 FIGURES = ROOT / "benchmark" / "figures"
-TASKS = tuple(PUBLIC_RETURNS)
+PUBLIC_RETURNS = om2p_mpe.PUBLIC_RETURNS | om2p_mamujoco.PUBLIC_RETURNS
+TASKS = tuple(om2p_mpe.PUBLIC_RETURNS)
 QUALITIES = ("expert", "medium", "medium-replay", "random")
-DATASETS = tuple(product(TASKS, QUALITIES))
+DATASETS = {  # of the suites, and of the grids and files of their names
+    "mpe": tuple(product(TASKS, QUALITIES)),
+    "mamujoco": tuple(product(om2p_mamujoco.PUBLIC_RETURNS, QUALITIES)),
+}
 METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figures
     "om2p": ("OM2P", "#D55E00", "-"),
     "bc": ("BC", "#999999", "--"),
@@ -85,12 +90,13 @@ def numbers(rows: list[dict], key: str) -> list[float]:
     return [float(row[key]) for row in rows]
 
 
-def averages(cells: dict, method: str, key: str = "score") -> list[float]:
-    """A method's average over the datasets, one for every seed that has them all.
+def averages(cells: dict, method: str, suite: str, key: str = "score") -> list[float]:
+    """A method's average over a suite's datasets, one for every seed that has them all.
 
     `cells` are the rows by method, task and quality.
     """
-    columns = [{row["seed"]: float(row[key]) for row in cells[method, *d]} for d in DATASETS]
+    datasets = DATASETS[suite]
+    columns = [{row["seed"]: float(row[key]) for row in cells[method, *d]} for d in datasets]
     seeds = sorted(set.intersection(*map(set, columns)))
     return [np.mean([column[seed] for column in columns]) for seed in seeds]
 
@@ -144,12 +150,12 @@ def machine_line(grid: str) -> str:
 # Tables
 
 
-def mpe_cells() -> tuple[dict, dict, dict]:
-    """The grid mpe: rows by method, task and quality; one a seed of every dataset; methods' names.
+def suite_cells(suite: str) -> tuple[dict, dict, dict]:
+    """A suite's grid: rows by method, task, quality; one a seed of every dataset; methods' names.
 
     A method without any row is left out.
     """
-    rows = read("mpe.csv")
+    rows = read(f"{suite}.csv")
     cells, present = group(rows, "method", "task", "quality"), group(rows, "method")
     data = {(row["task"], row["quality"], row["seed"]): row for row in rows}
     names = {method: look[0] for method, look in METHODS.items() if (method,) in present}
@@ -158,11 +164,13 @@ def mpe_cells() -> tuple[dict, dict, dict]:
 
 def data_table() -> str:
     """Returns of our datasets beside the public ones."""
-    _, data, _ = mpe_cells()
     rows = []
-    for task, quality in filter(data.get, DATASETS):
-        ours, sd = (mean(numbers(data[task, quality], key)) for key in ("data_return", "data_sd"))
-        rows.append((task, quality, f"{ours} ± {sd}", PUBLIC_RETURNS[task][quality]))
+    for suite in (suite for suite in DATASETS if (RESULTS / f"{suite}.csv").exists()):
+        _, data, _ = suite_cells(suite)
+        for dataset in filter(data.get, DATASETS[suite]):
+            ours, sd = (mean(numbers(data[dataset], key)) for key in ("data_return", "data_sd"))
+            task, quality = dataset
+            rows.append((task, quality, f"{ours} ± {sd}", PUBLIC_RETURNS[task][quality]))
     return markdown(("task", "quality", "ours, mean ± sd", "public, mean"), rows)
 
 
@@ -172,27 +180,28 @@ def prey_table() -> str:
     return markdown(tuple(read("prey_simple_tag.csv")[0]), rows)
 
 
-def dataset_rows(key: str, text: Callable) -> list[tuple]:
+def dataset_rows(suite: str, key: str, text: Callable) -> list[tuple]:
     """A row for every dataset: the data's `key` and that of every method, the highest bold."""
-    cells, data, names = mpe_cells()
+    cells, data, names = suite_cells(suite)
     return [
         (
             *dataset,
             mean(numbers(data[dataset], f"data_{key}")),
             *highlight([numbers(cells[method, *dataset], key) for method in names], text),
         )
-        for dataset in DATASETS
+        for dataset in DATASETS[suite]
     ]
 
 
-def mpe_table() -> str:
+def suite_table(suite: str) -> str:
     """Final scores of all methods on all datasets, and the seeds behind them where they differ."""
-    cells, data, names = mpe_cells()
-    means = highlight([averages(cells, method) for method in names], estimate)
-    rows = [*dataset_rows("score", estimate), ("average", "", data_average(data), *means)]
+    cells, data, names = suite_cells(suite)
+    means = highlight([averages(cells, method, suite) for method in names], estimate)
+    average = ("average", "", data_average(data, suite), *means)
+    rows = [*dataset_rows(suite, "score", estimate), average]
     table = markdown(("task", "data", "data's score", *names.values()), rows)
-    counts = {method: {len(cells[method, *d]) for d in DATASETS} for method in names}
-    lines = [table, machine_line("mpe")]
+    counts = {method: {len(cells[method, *d]) for d in DATASETS[suite]} for method in names}
+    lines = [table, machine_line(suite)]
     if len(set().union(*counts.values())) > 1:
         ranges = {m: " to ".join(map(str, sorted({min(n), max(n)}))) for m, n in counts.items()}
         seeds = ", ".join(f"{names[method]} {text}" for method, text in ranges.items())
@@ -200,30 +209,33 @@ def mpe_table() -> str:
     return "\n\n".join(lines)
 
 
-def data_average(data: dict) -> str:
+def data_average(data: dict, suite: str) -> str:
     """The average of the data's scores, each dataset counting once; a dash if one is missing."""
-    scores = [numbers(data[dataset], "data_score") for dataset in DATASETS]
+    scores = [numbers(data[dataset], "data_score") for dataset in DATASETS[suite]]
     return mean([np.mean(values) for values in scores]) if all(scores) else "-"
 
 
 def results_line(method: str) -> str:
-    """A method's final scores in one line."""
-    cells, _, _ = mpe_cells()
-    tasks = (
-        f"{task} {' / '.join(mean(numbers(cells[method, task, q], 'score')) for q in QUALITIES)}"
-        for task in TASKS
-    )
-    average = estimate(averages(cells, method))
-    return f"*Results*, {' / '.join(QUALITIES)}: {', '.join(tasks)}; average {average}."
+    """A method's final scores in one line, a sentence for each suite."""
+    text = f"*Results*, {' / '.join(QUALITIES)}:"
+    for suite in (suite for suite in DATASETS if (RESULTS / f"{suite}.csv").exists()):
+        cells, _, _ = suite_cells(suite)
+        scores = {d: mean(numbers(cells[method, *d], "score")) for d in DATASETS[suite]}
+        tasks = (
+            f"{task} {' / '.join(scores[task, quality] for quality in QUALITIES)}"
+            for task in dict(DATASETS[suite])
+        )
+        text += f" {', '.join(tasks)}; average {estimate(averages(cells, method, suite))}."
+    return text
 
 
 def details_table() -> str:
     """What a method's runs end with, reach in between, and take."""
-    cells, _, names = mpe_cells()
+    cells, _, names = suite_cells("mpe")
     rows = []
     for method, name in names.items():
-        runs = [row for dataset in DATASETS for row in cells[method, *dataset]]
-        scores = (estimate(averages(cells, method, key)) for key in ("score", "best_score"))
+        runs = [row for dataset in DATASETS["mpe"] for row in cells[method, *dataset]]
+        scores = (estimate(averages(cells, method, "mpe", k)) for k in ("score", "best_score"))
         updates = ", ".join(f"{count:,}" for count in sorted({int(r["updates"]) for r in runs}))
         seconds = np.median(numbers(runs, "seconds"))
         rows.append((name, *scores, f"{seconds:.0f}", updates, len(runs)))
@@ -233,8 +245,8 @@ def details_table() -> str:
 
 def returns_table() -> str:
     """Final returns, mean over the seeds."""
-    header = ("task", "data", "data's return", *mpe_cells()[2].values())
-    return markdown(header, dataset_rows("return", mean))
+    header = ("task", "data", "data's return", *suite_cells("mpe")[2].values())
+    return markdown(header, dataset_rows("mpe", "return", mean))
 
 
 def published_table() -> str:
@@ -260,18 +272,18 @@ def change(setting: str, value: str) -> str:
 
 
 @cache
-def is_default(method: str, words: str) -> bool:
+def is_default(method: str, words: str, suite: str = "mpe") -> bool:
     """Whether these words of a command line are no change of the method's script."""
-    path = ROOT / ("om2p_mpe.py" if method == "om2p" else f"baselines/{method}_mpe.py")
+    path = ROOT / ("" if method == "om2p" else "baselines") / f"{method}_{suite}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return tyro.cli(script.Args, args=words.split()) == script.Args()
 
 
-def tune_table() -> str:
+def tune_table(grid: str, suite: str) -> str:
     """The settings tried for every method, the best of each and the chosen default marked."""
-    rows = read("tune.csv")
+    rows = read(f"{grid}.csv")
     datasets, table = list(group(rows, "task", "quality")), []
     for (method,), runs in group(rows, "method").items():
         tried, means = [], []
@@ -279,13 +291,13 @@ def tune_table() -> str:
             by_data = group(cells, "task", "quality")
             scores = [numbers(by_data[dataset], "score") for dataset in datasets]
             words = change(setting, value)
-            mark = ", the default" if is_default(method, words) else ""
+            mark = ", the default" if is_default(method, words, suite) else ""
             tried.append((f"`{words}`{mark}", *map(mean, scores)))
             means.append([np.mean([*map(np.mean, scores)])] if all(scores) else [])
         for k, (cells, average) in enumerate(zip(tried, highlight(means, mean), strict=True)):
             table.append(("" if k else METHODS[method][0], *cells, average))
     header = ("method", "changed setting", *map(" ".join, datasets), "mean")
-    return f"{markdown(header, table)}\n\n{machine_line('tune')}"
+    return f"{markdown(header, table)}\n\n{machine_line(grid)}"
 
 
 def ablation_table() -> str:
@@ -315,11 +327,13 @@ def ablation_table() -> str:
 TABLES = {  # name -> function and the file that it needs
     "data": (data_table, "mpe.csv"),
     "prey": (prey_table, "prey_simple_tag.csv"),
-    "mpe": (mpe_table, "mpe.csv"),
+    "mpe": (partial(suite_table, "mpe"), "mpe.csv"),
+    "mamujoco": (partial(suite_table, "mamujoco"), "mamujoco.csv"),
     "mpe_details": (details_table, "mpe.csv"),
     "returns": (returns_table, "mpe.csv"),
     "published": (published_table, ""),
-    "tune": (tune_table, "tune.csv"),
+    "tune": (partial(tune_table, "tune", "mpe"), "tune.csv"),
+    "tune_mamujoco": (partial(tune_table, "tune_mamujoco", "mamujoco"), "tune_mamujoco.csv"),
     "ablation": (ablation_table, "ablation.csv"),
     **{f"results_{method}": (partial(results_line, method), "mpe.csv") for method in METHODS},
 }
@@ -335,10 +349,10 @@ def tables() -> dict[str, str]:
 
 def learning_curves() -> None:
     """Draw the scores during training, mean over the seeds; OM2P with the range of its seeds."""
-    _, data, names = mpe_cells()
+    _, data, names = suite_cells("mpe")
     curves = group(read("mpe_curves.csv"), "method", "task", "quality")
     figure, axes = plt.subplots(3, 4, figsize=(9, 7), sharex=True, layout="constrained")
-    for dataset, panel in zip(DATASETS, axes.flat, strict=True):
+    for dataset, panel in zip(DATASETS["mpe"], axes.flat, strict=True):
         for method, name in names.items():
             points = sorted((int(r["step"]), float(r["score"])) for r in curves[method, *dataset])
             steps = sorted({step for step, _ in points})
@@ -365,8 +379,8 @@ def learning_curves() -> None:
 
 def average_bars() -> None:
     """Draw every method's average over the datasets with its interval, and the data's."""
-    cells, data, names = mpe_cells()
-    bars = [(name, method, averages(cells, method)) for method, name in names.items()]
+    cells, data, names = suite_cells("mpe")
+    bars = [(name, method, averages(cells, method, "mpe")) for method, name in names.items()]
     bars = sorted((bar for bar in bars if bar[2]), key=lambda bar: np.mean(bar[2]))
     if not bars:
         print("averages.png is left as it is: no method has all datasets yet")
@@ -379,7 +393,7 @@ def average_bars() -> None:
         panel.errorbar(center, k, xerr=[[center - low], [high - center]], color="k", capsize=3)
         place = {"textcoords": "offset points", "va": "center"}
         panel.annotate(mean(values), (max(high, 0), k), (5, 0), **place)
-    if (average := data_average(data)) != "-":
+    if (average := data_average(data, "mpe")) != "-":
         panel.axvline(float(average), color="0.2", ls=":")
         note = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
         panel.annotate(f"the data {average}", (float(average), 1), **note)

@@ -1,7 +1,9 @@
 """Run a grid of trainings, several at a time, and tabulate their results.
 
     python benchmark/run.py --grid mpe          # eight methods, twelve datasets, five seeds
-    python benchmark/run.py --grid tune         # values of every method's main settings
+    python benchmark/run.py --grid mamujoco     # eight methods, HalfCheetah's four, three seeds
+    python benchmark/run.py --grid tune         # values of every method's main settings on the MPE
+    python benchmark/run.py --grid tune_mamujoco            # and on HalfCheetah
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
 
@@ -25,6 +27,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -35,12 +38,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from om2p_mpe import MIXTURES, normalized_score  # noqa: E402
+import om2p_mamujoco  # noqa: E402
+import om2p_mpe  # noqa: E402
 
+MODULES = {"mpe": om2p_mpe, "mamujoco": om2p_mamujoco}
 TASKS = ("simple_spread", "simple_tag", "simple_world")
 QUALITIES = ("expert", "medium", "medium-replay", "random")
 METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
 SEEDS = range(5)
+CHEETAH = "HalfCheetah-2x3"
+EVAL_EPISODES = {"mpe": "1000", "mamujoco": "20"}  # standard errors of 1 and some 3 points
 KEEP_MEMORY = {  # glibc returns large tensors to the system at each update: a fifth of CQL's time
     f"MALLOC_{name}_THRESHOLD_": str(2**31 - 1) for name in ("MMAP", "TRIM")
 }
@@ -59,6 +66,15 @@ TUNING = {  # values of what matters most in each method, and step sizes
         "q-weight": ("8", "16"),
         "learning-rate": ("0.003",),
     },
+}
+TUNING_MAMUJOCO = {
+    "om2p": ("q-weight", ("0.5", "2", "8")),
+    "td3_bc": ("q-weight", ("1", "4", "16")),
+    "omar": ("cql-alpha", ("0.1", "1")),
+    "diffusion_ql": ("q-weight", ("0.5", "2", "8")),
+    "flow_ql": ("q-weight", ("1", "4", "16")),
+    "fql": ("q-weight", ("1", "4", "16")),
+    "dom2": ("q-weight", ("0.5", "2", "8")),
 }
 ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
     "derivative": ("jvp",),
@@ -103,13 +119,41 @@ def ablation_grid() -> list[dict]:
     ]
 
 
-GRIDS = {"mpe": mpe_grid, "tune": tune_grid, "ablation": ablation_grid}
+def mamujoco_grid() -> list[dict]:
+    """Every method with its defaults on HalfCheetah's datasets."""
+    return [
+        cell(method, CHEETAH, quality, seed)
+        for seed, quality, method in product(range(3), QUALITIES, METHODS)
+    ]
+
+
+def tune_mamujoco_grid() -> list[dict]:
+    """Values of every method's main setting on HalfCheetah, one seed."""
+    return [
+        cell(method, CHEETAH, quality, 0, setting, value)
+        for method, (setting, values) in TUNING_MAMUJOCO.items()
+        for value, quality in product(values, QUALITIES)
+    ]
+
+
+GRIDS = {
+    "mpe": mpe_grid,
+    "mamujoco": mamujoco_grid,
+    "tune": tune_grid,
+    "tune_mamujoco": tune_mamujoco_grid,
+    "ablation": ablation_grid,
+}
+
+
+def suite(task: str) -> str:
+    """The end of the names of a task's scripts."""
+    return "mpe" if task in TASKS else "mamujoco"
 
 
 @dataclass
 class Args:
     grid: str = "mpe"
-    """mpe, tune or ablation"""
+    """mpe, mamujoco, tune, tune_mamujoco or ablation"""
     workers: int = 2
     """trainings at a time, one thread each"""
     run_dir: Path = Path("runs/benchmark")
@@ -134,9 +178,10 @@ class Args:
 
 def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     """The cell's command line, and its run directory."""
-    script = ROOT / "baselines" / f"{cell['method']}_mpe.py"
-    if cell["method"] == "om2p":
-        script = ROOT / ("benchmark/variants.py" if cell["setting"] == "variant" else "om2p_mpe.py")
+    folder = ROOT if cell["method"] == "om2p" else ROOT / "baselines"
+    script = folder / f"{cell['method']}_{suite(cell['task'])}.py"
+    if cell["setting"] == "variant":
+        script = ROOT / "benchmark/variants.py"
     words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
     names, values = cell["setting"].split(), cell["value"].split()
@@ -145,19 +190,22 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     words += [] if args.num_updates is None else ["--num-updates", str(args.num_updates)]
     run_dir = args.run_dir / args.grid / ("-".join([*names, *values]) or "defaults")
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]
-    words += ["--eval-episodes", "1000"]  # a standard error of 3 on simple_spread, for a second
+    words += ["--eval-episodes", EVAL_EPISODES[suite(cell["task"])]]
     run_dir = run_dir / f"{cell['task']}-{cell['quality']}" / script.stem
     return words, run_dir / f"seed-{cell['seed']}"
 
 
 def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarray:
-    """Returns of a dataset's episodes of 25 steps, mean over agents."""
+    """Returns of a dataset's episodes, mean over agents; one ends where rows do not go on."""
     returns = []
-    for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
+    for part, share in om2p_mpe.MIXTURES.get(quality, ((quality, 1.0),)):
         folder = data_dir / task / part / f"seed_{seed}_data"
         rewards = np.stack([np.load(path) for path in sorted(folder.glob("rews_*.npy"))])
-        rewards = rewards[:, : round(share * rewards.shape[1])].astype(np.float64)
-        returns.append(rewards.reshape(len(rewards), -1, 25).sum(axis=-1).mean(axis=0))
+        rewards = rewards[:, : round(share * rewards.shape[1])].astype(np.float64).mean(axis=0)
+        obs, next_obs = (np.load(folder / f"{name}_0.npy") for name in ("obs", "next_obs"))
+        breaks = (next_obs[: len(rewards) - 1] != obs[1 : len(rewards)]).any(axis=-1)
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        returns.append(np.add.reduceat(rewards, starts))
     return np.concatenate(returns)
 
 
@@ -178,15 +226,17 @@ def run(cell: dict, args: Args) -> tuple[dict, list[dict]]:
                 raise RuntimeError(f"exit status {status}, {last}")
     with (folder / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
-    task, final = cell["task"], float(np.load(folder / "final_returns.npy").mean())
+    task = cell["task"]
+    score = partial(MODULES[suite(task)].normalized_score, task)
+    final = float(np.load(folder / "final_returns.npy").mean())
     data = data_returns(args.data_dir, task, cell["quality"], cell["seed"])
     row = {
         **cell,
         "return": round(final, 2),
         "data_return": round(float(data.mean()), 2),
         "data_sd": round(float(data.std()), 2),
-        "score": round(normalized_score(task, final), 2),
-        "data_score": round(normalized_score(task, float(data.mean())), 2),
+        "score": round(score(final), 2),
+        "data_score": round(score(float(data.mean())), 2),
         "best_score": round(max(float(row["score"]) for row in history), 2),
         "updates": history[-1]["step"],
         "seconds": round(float(history[-1]["seconds"])),
@@ -265,7 +315,8 @@ def main(args: Args) -> None:
     submit = join_ray(args) if args.ray else lambda cell: pool.submit(run, cell, args)
     for task, quality, seed in sorted({(c["task"], c["quality"], c["seed"]) for c in missing}):
         if not (args.data_dir / task / quality / f"seed_{seed}_data").is_dir():
-            collect = [sys.executable, str(ROOT / "data" / "collect_mpe.py"), "--task", task]
+            script = ROOT / "data" / f"collect_{suite(task)}.py"
+            collect = [sys.executable, str(script), "--task", task]
             collect += ["--quality", quality, "--seed", str(seed), "--data-dir", str(args.data_dir)]
             if subprocess.run(collect, stdout=subprocess.DEVNULL).returncode:
                 raise SystemExit(f"error: this has failed: {shlex.join(collect)}")

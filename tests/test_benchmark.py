@@ -66,7 +66,8 @@ def test_commands():
                 scripts[script] = load(ROOT / script)
             args = tyro.cli(scripts[script].Args, args=line)
             assert (args.task, args.quality) == (cell["task"], cell["quality"])
-            assert (args.resume, args.eval_episodes, args.device) == (True, 1000, "cpu")
+            episodes = 20 if args.task == "HalfCheetah-2x3" else 1000
+            assert (args.resume, args.eval_episodes, args.device) == (True, episodes, "cpu")
             place = args.run_dir / f"{args.task}-{args.quality}" / scripts[script].__name__
             assert folder == place / f"seed-{args.seed}"
             for name, value in zip(cell["setting"].split(), cell["value"].split(), strict=True):
@@ -85,7 +86,10 @@ def test_dry_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"grid": "nonsense"}, "mpe, tune, ablation"), ({"ray": "local"}, "requirements-ray.txt")],
+    [
+        ({"grid": "nonsense"}, "mpe, mamujoco, tune, tune_mamujoco, ablation"),
+        ({"ray": "local"}, "requirements-ray.txt"),
+    ],
 )
 def test_refusals(settings, reason, tmp_path, monkeypatch):
     """One line says what is wrong, before anything is made."""
@@ -356,8 +360,10 @@ def results(tmp_path, monkeypatch):
 
 def mpe_rows(seeds=(0, 1)):
     """OM2P with scores 50 and 52 and BC with 51 on every dataset, the latter with seed 0 alone."""
-    rows = [row("om2p", *data, seed, 50 + 2 * seed) for seed in seeds for data in report.DATASETS]
-    return rows + [row("bc", *data, 0, 51) for data in report.DATASETS]
+    rows = [
+        row("om2p", *data, seed, 50 + 2 * seed) for seed in seeds for data in report.DATASETS["mpe"]
+    ]
+    return rows + [row("bc", *data, 0, 51) for data in report.DATASETS["mpe"]]
 
 
 def cells(table):
@@ -371,7 +377,7 @@ def test_mpe_table(results):
     results("mpe", mpe_rows())
     table = report.tables()["mpe"]
     assert cells(table)["task", "data"] == ["data's score", "OM2P", "BC"]
-    for data in report.DATASETS:
+    for data in report.DATASETS["mpe"]:
         assert cells(table)[data] == ["20.0", "**51.0 ± 1.0**", "**51.0**"]
     assert cells(table)["average", ""] == ["20.0", "**51.0 ± 1.0**", "**51.0**"]
     assert "Abacus, 2 cores, 2 runs at a time" in table
@@ -469,7 +475,7 @@ def test_readme_and_figures(results, capsys):
     text = report.README.read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    assert text.count("\nold\n") == 3  # prey, tune, ablation
+    assert text.count("\nold\n") == 5  # prey, tune, ablation, and both of mamujoco
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
