@@ -56,15 +56,15 @@ TUNING_DATA = (*ABLATION_DATA, ("simple_spread", "random"), ("simple_world", "ex
 TUNING = {  # values of what matters most in each method, and step sizes
     "om2p": {"q-weight": ("4", "8", "16"), "learning-rate": ("0.003",)},
     "bc": {"learning-rate": ("0.003", "0.005")},
-    "td3_bc": {"q-weight": ("5", "10", "20", "40"), "learning-rate": ("0.003",)},
+    "td3_bc": {"q-weight": ("5", "10", "20", "40"), "q-weight learning-rate": ("10 0.003",)},
     "omar": {"cql-alpha": ("0.03", "0.1", "0.3"), "learning-rate": ("0.003",)},
     "diffusion_ql": {"q-weight": ("2", "4", "8"), "learning-rate": ("0.003",)},
     "flow_ql": {"q-weight": ("16", "32", "64"), "learning-rate": ("0.003",)},
-    "fql": {"q-weight": ("3", "10", "30", "100"), "learning-rate": ("0.003",)},
+    "fql": {"q-weight": ("3", "10", "30", "100"), "q-weight learning-rate": ("10 0.003",)},
     "dom2": {
-        "cql-alpha": ("0.03", "0.1", "0.3"),
-        "q-weight": ("8", "16"),
-        "learning-rate": ("0.003",),
+        "q-weight": ("4", "8", "16"),
+        "q-weight cql-alpha": ("4 0.03", "4 0.3"),
+        "q-weight learning-rate": ("4 0.003",),
     },
 }
 TUNING_MAMUJOCO = {
