@@ -29,10 +29,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -588,8 +591,14 @@ def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
 
 
 # region write
-def write(path: Path, save: Callable, state) -> None:
-    """Write a file by save(state, file); a full disk or an interrupt leaves the old one whole."""
+FREE = {"run_dir", "data_dir", "device", "resume"}  # settings that a resumed run may change
+
+
+def write(path: Path, save: Callable, state, keep: bool = False) -> None:
+    """Write a file by save(state, file); a full disk or an interrupt leaves the old one whole.
+
+    With `keep` the file that was there before stays, as <name>-previous.<suffix>.
+    """
     temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
     save(state, buffer)
     try:
@@ -597,6 +606,8 @@ def write(path: Path, save: Callable, state) -> None:
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, path.with_stem(f"{path.stem}-previous"))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -606,6 +617,61 @@ def save_table(rows: list[dict], file) -> None:
     """Write rows with the same keys as csv into a binary file."""
     lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
     file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def load_checkpoint(run_dir: Path, settings: dict[str, str]) -> dict | None:
+    """A run's newest checkpoint that is whole, or None if there is none yet.
+
+    Ends the program if none is whole, or if the run was started with other settings.
+    """
+    paths = [run_dir / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+    paths = [path for path in paths if path.exists()]
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            changed = {key: value for key, value in state["settings"].items() if key not in FREE}
+            break
+        except Exception as problem:
+            if path is paths[-1]:
+                stop(f"{path} cannot be resumed", problem)
+            print(f"warning: {path} is broken; going on from {paths[1]}", file=sys.stderr)
+    else:
+        return None
+    for key, value in changed.items():
+        if value != settings.get(key):
+            name = f"--{key.replace('_', '-')}"
+            stop(f"{run_dir} cannot be resumed: {name} was {value}, now {settings.get(key)}")
+    return state
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process from training in the same run directory; ends that one with a line."""
+    lock = FileLock(run_dir.with_name(f".{run_dir.name}.lock"))
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        stop(f"another process is training in {run_dir}")
+    except OSError as problem:
+        stop(f"{run_dir} cannot be written", problem)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that training stops between two updates."""
+    received, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # endregion write
@@ -696,96 +762,90 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
     # region loop
     script = Path(__file__)
     run_dir = args.run_dir / f"{args.task}-{args.quality}" / script.stem / f"seed-{args.seed}"
-    checkpoint_path = run_dir / "checkpoint.pt"
     settings = {key: str(value) for key, value in asdict(args).items()}
-    first_step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
-    try:
-        if args.resume and checkpoint_path.exists():
-            state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-            free = ("run_dir", "data_dir", "device", "resume")
-            for key, value in state["settings"].items():
-                if value != settings[key] and key not in free:
-                    raise ValueError(f"--{key.replace('_', '-')} was {value}, now {settings[key]}")
-            for name, part in states.items():
-                part.load_state_dict(state["states"][name])
-            first_step, seconds = state["step"], state["seconds"]
-            history, returns = state["history"], state["returns"]
-            torch.set_rng_state(state["rng"])
-            if args.device.startswith("cuda"):
-                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-    except Exception as problem:
-        stop(f"{checkpoint_path} cannot be resumed", problem)
-    try:
-        if run_dir.exists() and not args.resume:
-            old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
-            old.parent.mkdir(exist_ok=True)
-            run_dir.rename(old)
-            print(f"the previous run in {run_dir} is now {old}")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-        shutil.copy(script, run_dir)
-    except OSError as problem:
-        stop(f"{run_dir} cannot be written", problem)
+    step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
+    sums, count = {}, 0  # of the losses since they were last logged
+    with locked(run_dir), stop_signals() as signals:
+        if args.resume and (state := load_checkpoint(run_dir, settings)):
+            try:
+                for name, part in states.items():
+                    part.load_state_dict(state["states"][name])
+                step, seconds, history, returns, sums, count = state["progress"].values()
+                torch.set_rng_state(state["rng"])
+                if args.device.startswith("cuda"):
+                    torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+                    sums = {key: value.to(args.device) for key, value in sums.items()}
+            except Exception as problem:
+                stop(f"{run_dir} cannot be resumed", problem)
 
-    writer = SummaryWriter(run_dir, purge_step=first_step + 1)
-    start, step, sums, count = time.time() - seconds, first_step, {}, 0
-    bar = tqdm(total=args.num_updates, initial=first_step, unit="update", disable=None)
-    try:
-        for step in range(first_step + 1, args.num_updates + 1):
-            for key, value in update().items():
-                sums[key] = sums.get(key, 0) + value
-            count += 1
-            evaluating = step % args.eval_interval == 0 or step == args.num_updates
-            if step % 100 and not evaluating:
-                continue
-
-            losses = {key: value.item() / count for key, value in sums.items()}
-            sums, count, seconds = {}, 0, time.time() - start
-            bar.update(step - bar.n)
-            for key, value in losses.items():
-                writer.add_scalar(f"losses/{key}", value, step)
-                if not abs(value) < 1e8:
-                    stop(
-                        f"losses/{key} is {value} at update {step}: training has diverged; "
-                        f"the last checkpoint is kept; try a lower --learning-rate"
-                    )
-            if not evaluating:
-                continue
-
-            returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
-            mean = returns.mean().item()
-            score = normalized_score(args.task, mean)
-            history.append(
-                {"step": step, "return": mean, "score": score, "seconds": seconds, **losses}
-            )
-            writer.add_scalar("charts/return", mean, step)
-            writer.add_scalar("charts/normalized_score", score, step)
-            writer.add_scalar("charts/updates_per_second", step / seconds, step)
-            tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
-            write(run_dir / "metrics.csv", save_table, history)
+        def save_checkpoint() -> None:
+            progress = {"step": step, "seconds": seconds, "history": history, "returns": returns}
             state = {
-                "step": step,
-                "seconds": seconds,
-                "history": history,
-                "returns": returns,
+                "progress": progress | {"sums": sums, "count": count},
                 "settings": settings,
                 "states": {name: part.state_dict() for name, part in states.items()},
                 "rng": torch.get_rng_state(),
             }
             if args.device.startswith("cuda"):
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-            write(checkpoint_path, torch.save, state)
-        write(run_dir / "policy.pt", torch.save, policy.state_dict())
-        write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
-    except KeyboardInterrupt:
-        raise SystemExit(
-            f"stopped at update {step}; --resume goes on from the checkpoint"
-        ) from None
-    except OSError as problem:
-        stop(f"{run_dir} cannot be written at update {step}", problem)
-    finally:
-        bar.close()
-        writer.close()
+            write(run_dir / "checkpoint.pt", torch.save, state, keep=True)
+
+        writer = bar = None
+        try:
+            if run_dir.exists() and not args.resume:
+                old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+                old.parent.mkdir(exist_ok=True)
+                run_dir.rename(old)
+                print(f"the previous run in {run_dir} is now {old}")
+            run_dir.mkdir(exist_ok=True)
+            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+            shutil.copy(script, run_dir)
+            writer = SummaryWriter(run_dir, purge_step=step + 1)
+            bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
+            start = time.time() - seconds
+            while step < args.num_updates:
+                step += 1
+                for key, value in update().items():
+                    sums[key] = sums.get(key, 0) + value
+                count += 1
+                seconds = time.time() - start
+                evaluating = step % args.eval_interval == 0 or step == args.num_updates
+
+                if step % 100 == 0 or evaluating:
+                    losses = {key: value.item() / count for key, value in sums.items()}
+                    sums, count = {}, 0
+                    bar.update(step - bar.n)
+                    for key, value in losses.items():
+                        writer.add_scalar(f"losses/{key}", value, step)
+                        if not abs(value) < 1e8:
+                            stop(
+                                f"losses/{key} is {value} at update {step}: training has diverged; "
+                                f"the last checkpoint is kept; try a lower --learning-rate"
+                            )
+                if evaluating:
+                    returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
+                    mean = returns.mean().item()
+                    score = normalized_score(args.task, mean)
+                    row = {"step": step, "return": mean, "score": score, "seconds": seconds}
+                    history.append(row | losses)
+                    writer.add_scalar("charts/return", mean, step)
+                    writer.add_scalar("charts/normalized_score", score, step)
+                    writer.add_scalar("charts/updates_per_second", step / seconds, step)
+                    tqdm.write(
+                        f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}"
+                    )
+                    write(run_dir / "metrics.csv", save_table, history)
+                if evaluating or signals:
+                    save_checkpoint()
+                if signals:
+                    raise SystemExit(f"stopped at update {step}; --resume goes on from there")
+            write(run_dir / "policy.pt", torch.save, policy.state_dict())
+            write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
+        except OSError as problem:
+            stop(f"{run_dir} cannot be written at update {step}", problem)
+        finally:
+            for output in filter(None, (bar, writer)):
+                output.close()
 
     final, best = history[-1], max(row["score"] for row in history)
     print(

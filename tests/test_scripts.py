@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -195,6 +196,7 @@ def test_outputs(run, script):
 
     names = {path.name.split(".")[0] for path in run.folder.iterdir()}
     files = {"args", script.path.stem, "metrics", "final_returns", "policy", "checkpoint"}
+    files |= {"checkpoint-previous"}
     assert names == files | {"events"}
 
 
@@ -386,28 +388,42 @@ def test_error_of_a_process(tmp_path):
 # Runs that go on
 
 
-def test_interrupted_run_equals_unbroken_run(run, train, monkeypatch):
-    """Stopped between two checkpoints it says how to go on, and then ends bit for bit the same."""
-    evaluate, calls = train.module.evaluate, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_stopped_run_equals_unbroken_run(number, run, train, monkeypatch):
+    """Stopped by a signal it says how to go on, and then ends bit for bit as if it had not been."""
+    calls, normal = [], signal.getsignal(number)
 
-    def stop_at_the_second(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args)
+    def stop_at_the_fourth(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return policy_loss(*args)
 
-    monkeypatch.setattr(train.module, "evaluate", stop_at_the_second)
+    policy_loss = train.module.policy_loss
+    monkeypatch.setattr(train.module, "policy_loss", stop_at_the_fourth)
     with pytest.raises(SystemExit) as stop:
         train()
-    assert "--resume" in stop.value.code
+    assert stop.value.code == "stopped at update 4; --resume goes on from there"
+    assert signal.getsignal(number) == normal
     assert not (train.folder / "policy.pt").exists()
     train(resume=True)
-    assert len(calls) == 3
+    assert len(calls) == 6
     assert same(weights(train.folder), weights(run.folder))
     assert metrics(train.folder) == metrics(run.folder)
     events = EventAccumulator(str(train.folder)).Reload()
     for tag in events.Tags()["scalars"]:
         assert [event.step for event in events.Scalars(tag)] == [3, 6]
+
+
+def test_second_process_is_refused(train):
+    """Who trains in a run directory has it alone; the other is told, and changes nothing."""
+    train()
+    before = sorted(train.folder.parent.rglob("*"))
+    with train.module.locked(train.folder):
+        message = refusal(lambda: train(resume=True))
+    assert message == f"error: another process is training in {train.folder}"
+    assert sorted(train.folder.parent.rglob("*")) == before
+    train(resume=True)
 
 
 def test_resume_without_checkpoint_starts(run, train):
@@ -444,15 +460,30 @@ BAD_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoint_is_refused(case, train):
-    """One line names the file, which stays where it is; what it contains is not executed."""
+def test_broken_checkpoint_falls_back(case, run, train, capsys):
+    """The one before is taken, with a warning, and the run ends as if nothing had happened."""
     train()
-    path = train.folder / "checkpoint.pt"
-    BAD_CHECKPOINTS[case](path)
-    before = path.read_bytes()
-    assert str(path) in refusal(lambda: train(resume=True))
-    assert path.read_bytes() == before
-    assert not (path.parent / "executed").exists()
+    (train.folder / "final_returns.npy").unlink()
+    BAD_CHECKPOINTS[case](train.folder / "checkpoint.pt")
+    train(resume=True)
+    warning = f"warning: {train.folder / 'checkpoint.pt'} is broken"
+    assert capsys.readouterr().err.startswith(warning)
+    assert same(weights(train.folder), weights(run.folder))
+    assert metrics(train.folder) == metrics(run.folder)
+    assert not (train.folder / "executed").exists()
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_broken_checkpoints_are_refused(case, train):
+    """With no whole one left, a line names the last; all files stay, and nothing is executed."""
+    train()
+    paths = [train.folder / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+    for path in paths:
+        BAD_CHECKPOINTS[case](path)
+    before = [path.read_bytes() for path in paths]
+    assert str(paths[1]) in refusal(lambda: train(resume=True))
+    assert [path.read_bytes() for path in paths] == before
+    assert not (train.folder / "executed").exists()
 
 
 def test_new_run_keeps_the_old_ones(train, tmp_path):

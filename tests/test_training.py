@@ -132,7 +132,7 @@ def test_divergence_stops_the_run(train, monkeypatch, tmp_path, value):
     assert "\n" not in message
     assert "update 6" in message
     checkpoint = load_checkpoint(tmp_path / "run-0")
-    assert checkpoint["step"] == 3
+    assert checkpoint["progress"]["step"] == 3
     assert all(value.isfinite().all() for value in checkpoint["states"]["policy"].values())
 
 
