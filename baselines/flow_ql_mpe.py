@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -325,31 +326,35 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
     line that names the file if one is missing, unreadable, misshapen, or holds NaN or infinities.
     """
     widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
-    columns = {key: [[] for _ in range(env.num_agents)] for key in FILES}
+    folders, sizes = [], []  # a mixture has two, of which it takes the first rows
     for part, share in MIXTURES.get(quality, ((quality, 1.0),)):
-        folder, length = Path(data_dir) / task / part / f"seed_{seed}_data", None
-        if not folder.is_dir():
+        folders.append(Path(data_dir) / task / part / f"seed_{seed}_data")
+        if not folders[-1].is_dir():
             make_dataset(data_dir, task, part, seed, env.collector)
-        if (folder / f"obs_{env.num_agents}.npy").exists():
-            stop(f"{folder} holds more than the {env.num_agents} agents of {task}")
-        for i in range(env.num_agents):
-            for key, name in FILES.items():
-                path = folder / f"{name}_{i}.npy"
-                width = widths[key][i] if key in widths else None
-                array = read_array(path, length, width)
-                length = len(array)
-                values = torch.from_numpy(array[: round(share * length)].astype(np.float32))
-                if not values.isfinite().all():
-                    stop(f"{path} holds NaN or infinite values")
-                if key == "action" and (values.abs() > 1.001).any():
-                    stop(f"{path} holds actions outside [-1, 1]")
-                if width is not None:
-                    values = F.pad(values, (0, max(widths[key]) - width))
-                columns[key][i].append(values)
-    return {
-        key: torch.stack([torch.cat(parts) for parts in agents]).to(device)
-        for key, agents in columns.items()
+        if (folders[-1] / f"obs_{env.num_agents}.npy").exists():
+            stop(f"{folders[-1]} holds more than the {env.num_agents} agents of {task}")
+        length = len(read_array(folders[-1] / "obs_0.npy", None, env.obs_dims[0]))
+        sizes.append((length, round(share * length)))
+    shape = env.num_agents, sum(size for _, size in sizes)
+    dataset = {
+        key: torch.zeros(*shape, max(widths[key])) if key in widths else torch.zeros(shape)
+        for key in FILES
     }
+    for i, (key, name) in product(range(env.num_agents), FILES.items()):
+        column, width = dataset[key][i], widths[key][i] if key in widths else None
+        for folder, (length, size) in zip(folders, sizes, strict=True):
+            path = folder / f"{name}_{i}.npy"
+            array = read_array(path, length, width)
+            values = column[:size] if width is None else column[:size, :width]
+            column = column[size:]
+            for first in range(0, size, 100_000):  # in pieces, which keeps memory low
+                piece = values[first : first + 100_000]
+                piece.copy_(torch.from_numpy(array[first : first + len(piece)].astype(np.float32)))
+                if not piece.isfinite().all():
+                    stop(f"{path} holds NaN or infinite values")
+                if key == "action" and (piece.abs() > 1.001).any():
+                    stop(f"{path} holds actions outside [-1, 1]")
+    return {key: values.to(device) for key, values in dataset.items()}
 
 
 # endregion dataset

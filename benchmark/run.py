@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,7 @@ def tune_mamujoco_grid() -> list[dict]:
     ]
 
 
+TRAININGS: set[subprocess.Popen] = set()  # those that run now on this machine
 GRIDS = {
     "mpe": mpe_grid,
     "mamujoco": mamujoco_grid,
@@ -219,7 +221,10 @@ def run(cell: dict, args: Args) -> tuple[dict, list[dict]]:
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
         with (folder / "log.txt").open("a+") as log:
-            status = subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
+            with subprocess.Popen(words, env=environment, stdout=log, stderr=log) as training:
+                TRAININGS.add(training)
+                status = training.wait()
+                TRAININGS.discard(training)
             log.seek(0)
             if status:
                 last = ["an empty log", *log.read().splitlines()][-1]
@@ -311,6 +316,7 @@ def main(args: Args) -> None:
     if not missing:
         print(f"all {len(cells)} runs of the grid {args.grid} are finished")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     pool = ThreadPoolExecutor(args.workers)
     submit = join_ray(args) if args.ray else lambda cell: pool.submit(run, cell, args)
     for task, quality, seed in sorted({(c["task"], c["quality"], c["seed"]) for c in missing}):
@@ -355,6 +361,8 @@ def main(args: Args) -> None:
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)  # what has not started does not start
+        for training in list(TRAININGS):
+            training.terminate()  # it writes a checkpoint first
     if failed:
         raise SystemExit("\n".join(["error: these runs have failed, see their log.txt:", *failed]))
 

@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -125,10 +126,10 @@ def tiny(make_data, tmp_path_factory):
     module = load(ROOT / script)
     write = module.write
 
-    def write_and_stop(path, *rest):
-        write(path, *rest)
+    def write_and_stop(path, *rest, **options):
+        write(path, *rest, **options)
         if path.name == "checkpoint.pt":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     module.write = write_and_stop
     with pytest.raises(SystemExit, match="update 3; --resume"):
@@ -153,7 +154,14 @@ def no_training(monkeypatch):
         commands.append(words)
         return subprocess.CompletedProcess(words, 1)
 
+    popen = subprocess.Popen
+
+    def start(words, **options):
+        commands.append(words)
+        return popen(["false"], **options)
+
     monkeypatch.setattr(run.subprocess, "run", fail)
+    monkeypatch.setattr(run.subprocess, "Popen", start)
     return commands
 
 
@@ -207,7 +215,9 @@ def test_stopped_cell_goes_on(tiny):
     folder = run.command(tiny.cells[2], tiny.args)[1]
     with (folder / "metrics.csv").open() as file:
         first, _ = csv.DictReader(file)
-    assert {key: float(value) for key, value in first.items()} == tiny.before["history"][0]
+    assert {key: float(value) for key, value in first.items()} == tiny.before["progress"][
+        "history"
+    ][0]
 
 
 def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
@@ -241,6 +251,28 @@ def test_data_that_cannot_be_made(tiny, no_training, monkeypatch, tmp_path):
     message = refusal(run.main, run.Args(**vars(tiny.args) | changes))
     assert "collect_mpe.py --task simple_spread --quality medium --seed 0" in message
     assert len(no_training) == 1
+
+
+def test_sigterm_stops_the_trainings(make_data, monkeypatch, tmp_path):
+    """A terminated runner takes its trainings with it; they leave checkpoints and say so."""
+    make_data(tmp_path / "data", "simple_spread", "medium")
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: [run.cell("bc", "simple_spread", "medium", 0)])
+    places = {name: tmp_path / name for name in ("run_dir", "results_dir")}
+    args = run.Args(grid="tiny", num_updates=10**6, data_dir=tmp_path / "data", **places)
+    (folder,) = (run.command(cell, args)[1] for cell in run.GRIDS["tiny"]())
+
+    def terminate():
+        while not list(folder.glob("events*")):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        run.main(args)
+    while run.TRAININGS:
+        time.sleep(0.1)
+    assert "--resume goes on from there" in (folder / "log.txt").read_text()
+    assert (folder / "checkpoint.pt").exists()
 
 
 def test_interrupt(tiny, monkeypatch, tmp_path):
