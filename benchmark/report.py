@@ -180,6 +180,12 @@ def prey_table() -> str:
     return markdown(tuple(read("prey_simple_tag.csv")[0]), rows)
 
 
+def chaos_table() -> str:
+    """What tests/chaos.py has killed, and what came of it."""
+    rows = read("chaos.csv")
+    return markdown(tuple(rows[0]), [tuple(row.values()) for row in rows])
+
+
 def dataset_rows(suite: str, key: str, text: Callable) -> list[tuple]:
     """A row for every dataset: the data's `key` and that of every method, the highest bold."""
     cells, data, names = suite_cells(suite)
@@ -327,6 +333,7 @@ def ablation_table() -> str:
 TABLES = {  # name -> function and the file that it needs
     "data": (data_table, "mpe.csv"),
     "prey": (prey_table, "prey_simple_tag.csv"),
+    "chaos": (chaos_table, "chaos.csv"),
     "mpe": (partial(suite_table, "mpe"), "mpe.csv"),
     "mamujoco": (partial(suite_table, "mamujoco"), "mamujoco.csv"),
     "mpe_details": (details_table, "mpe.csv"),

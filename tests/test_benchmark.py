@@ -507,7 +507,7 @@ def test_readme_and_figures(results, capsys):
     text = report.README.read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    assert text.count("\nold\n") == 5  # prey, tune, ablation, and both of mamujoco
+    assert text.count("\nold\n") == 6  # prey, chaos, tune, ablation, and both of mamujoco
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Code, refusal, write_prey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import om2p_mpe
@@ -303,6 +305,49 @@ def test_another_tasks_prey_is_refused(tmp_path):
     """simple_world's prey sees 22 numbers, simple_tag's 14."""
     path = write_prey(tmp_path / "simple_tag", 22)
     assert str(path) in refusal(find_prey, "simple_tag", tmp_path)
+
+
+@st.composite
+def damages(draw):
+    """A file's name and a function of its bytes: cut off, changed in places, or other bytes."""
+    name = draw(st.sampled_from(["obs_0", "acs_1", "rews_2", "next_obs_1", "dones_0"]))
+    kind = draw(st.sampled_from(["cut", "change", "replace", "add"]))
+    if kind == "cut":
+        share = draw(st.floats(0, 1, exclude_max=True))
+        return name, lambda content: content[: int(share * len(content))]
+    if kind in ("replace", "add"):
+        other, keep = draw(st.binary(max_size=300)), kind == "add"
+        return name, lambda content: content * keep + other
+    start = draw(st.sampled_from([0, 6, 10, 20, 60, 128]))  # magic, version, header, numbers
+    patch = draw(st.binary(min_size=1, max_size=20))
+    return name, lambda content: content[:start] + patch + content[start + len(patch) :]
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(damage=damages())
+def test_any_damage_is_one_line_or_none(damage, make_data, tmp_path):
+    """Whatever happens to a file's bytes: finite numbers of the right shape, or one line."""
+    folder = tmp_path / "simple_spread/expert/seed_0_data"
+    if not folder.exists():
+        make_data(tmp_path, "simple_spread", "expert", 60)
+    name, change = damage
+    path = folder / f"{name}.npy"
+    content, dataset, message = path.read_bytes(), None, None
+    path.write_bytes(change(content))
+    try:
+        dataset = load(tmp_path, "simple_spread", "expert")
+    except SystemExit as stop:
+        message = stop.code
+    path.write_bytes(content)
+    if dataset is None:
+        assert message.startswith("error: ")
+        assert "\n" not in message
+        assert path.stem in message or "expected (" in message  # obs_0 sets the others' length
+    else:
+        assert dataset["obs"].shape == (3, 60, 18)
+        assert all(values.isfinite().all() for values in dataset.values())
 
 
 LOAD = """

@@ -1,0 +1,242 @@
+"""Kill runs at random and see that nothing is lost: python tests/chaos.py --kills 50
+
+Each script is run once undisturbed. Then it is started again and again with --resume and killed by
+SIGKILL, at a random time or in the very moment in which it writes a checkpoint, until it ends; its
+weights, curve and final returns must be those of the undisturbed run, bit for bit. Collectors are
+killed while they write datasets: what is left is nothing or the whole. A full disk (a small tmpfs
+where one can be mounted, else a limit on the size of files) ends a run with one line, and with
+room it goes on. Of two runs started on one run directory one is refused.
+
+Outside of the quick test suite; a kill takes some five seconds. The table goes to
+benchmark/results/chaos.csv and from there into the README by benchmark/report.py.
+"""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = {"mpe": ("simple_tag", "100"), "mamujoco": ("Reacher-2x1", "1000")}  # task, rows
+METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
+TINY = ["--num-updates", "40", "--eval-interval", "4", "--eval-episodes", "4"]
+TINY += ["--batch-size", "16", "--hidden-dims", "32", "32", "--device", "cpu"]
+
+
+@dataclass
+class Args:
+    kills: int = 50
+    """SIGKILLs to spread over the scripts and collectors"""
+    seed: int = 0
+    """seed of the times of the kills"""
+    out: Path = ROOT / "benchmark/results/chaos.csv"
+    """table to write"""
+
+
+def start(words: list, **options) -> subprocess.Popen:
+    """A Python process, silent, with one thread."""
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, words)], env=environment, **quiet | options)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a process that must end well."""
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def kill(process: subprocess.Popen, seconds: float, moment: Path | None = None) -> bool:
+    """Kill a process after some seconds, or as soon as a file like `moment` is there.
+
+    Whether it was still alive.
+    """
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if moment and any(moment.parent.glob(moment.name)):
+            break
+        time.sleep(0.0005)
+    alive = process.poll() is None
+    process.kill()
+    process.communicate()
+    return alive
+
+
+def outcome(folder: Path) -> tuple:
+    """What a run's result is: weights, curve without times, final returns."""
+    weights = torch.load(folder / "policy.pt", weights_only=True)
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    curve = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    returns = np.load(folder / "final_returns.npy")
+    return (
+        {key: value.numpy().tobytes() for key, value in weights.items()},
+        curve,
+        returns.tobytes(),
+    )
+
+
+def check_script(path: Path, place: Path, kills: int, rng: random.Random) -> dict:
+    """Kill one script's run `kills` times; the row of the table."""
+    task, _ = SUITES[path.stem.rsplit("_", 1)[1]]
+    words = [path, "--task", task, "--quality", "random", "--data-dir", place / "data", *TINY]
+    words += ["--score-dims", "16", "8"] if path.stem.startswith("dom2") else []
+    folder = Path(f"{task}-random", path.stem, "seed-0")
+    began = time.monotonic()
+    finish(start([*words, "--run-dir", place / "calm"]))
+    seconds, done, in_writing = time.monotonic() - began, 0, 0
+    while done < kills:
+        wild = place / f"wild-{done}"
+        while True:  # until a run ends before it is killed
+            process = start([*words, "--resume", "--run-dir", wild])
+            write = wild / folder / "*.tmp" if rng.random() < 0.5 and done < kills else None
+            limit = rng.uniform(0, 1.2 * seconds) if done < kills else 1e9
+            alive = kill(process, 1e9 if write else limit, write)
+            if not alive:
+                assert process.returncode == 0
+                break
+            done, in_writing = done + 1, in_writing + bool(write)
+        assert outcome(wild / folder) == outcome(place / "calm" / folder), path
+    return {"what": path.stem, "kills": done, "while writing": in_writing, "result": "the same"}
+
+
+def check_collector(suite: str, place: Path, kills: int, rng: random.Random) -> dict:
+    """Kill a collector `kills` times; the row of the table."""
+    task, rows = SUITES[suite]
+    words = [ROOT / f"data/collect_{suite}.py", "--task", task, "--quality", "random"]
+    words += ["--num-transitions", rows]
+    calm = place / "data" / task / "random" / "seed_0_data"
+    for k in range(kills):
+        target = place / f"data-{suite}-{k}"
+        process = start([*words, "--data-dir", target])
+        moment = target / task / "random" / ".seed*/*.npy"
+        alive = kill(process, rng.uniform(1, 8), Path(str(moment)) if k % 2 else None)
+        left = list((target / task / "random").glob("seed*"))
+        assert not left or not alive or (left[0] / "card.json").exists()
+        if not left:
+            finish(start([*words, "--data-dir", target]))
+        for path in calm.glob("*.npy"):
+            assert path.read_bytes() == (target / path.relative_to(place / "data")).read_bytes()
+    return {
+        "what": f"collect_{suite}",
+        "kills": kills,
+        "while writing": kills // 2,
+        "result": "the same",
+    }
+
+
+def check_full_disk(path: Path, place: Path) -> dict:
+    """Run a script out of space, then with space; the row of the table."""
+    words = [
+        path,
+        "--task",
+        "simple_tag",
+        "--quality",
+        "random",
+        "--data-dir",
+        place / "data",
+        *TINY,
+    ]
+    folder, small = Path("simple_tag-random", path.stem, "seed-0"), place / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    limit = [] if mounted else ["-c", LIMITED]
+    try:
+        process = start([*limit, *words, "--resume", "--run-dir", small])
+        _, error = process.communicate()
+        assert process.returncode == 1, error
+        assert error.startswith("error: "), error
+        assert error.count("\n") == 1, error
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=100m", small], check=True)
+        finish(start([*words, "--resume", "--run-dir", small]))
+        assert outcome(small / folder) == outcome(place / "calm" / folder)
+    finally:
+        if mounted:
+            subprocess.run(["umount", small], check=True)
+    what = "full disk (tmpfs)" if mounted else "full disk (limit on files)"
+    return {
+        "what": f"{path.stem}: {what}",
+        "kills": 0,
+        "while writing": 0,
+        "result": "one line, then the same",
+    }
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def check_two_runs(path: Path, place: Path) -> dict:
+    """Start a script twice at once on one run directory; the row of the table."""
+    words = [
+        path,
+        "--task",
+        "simple_tag",
+        "--quality",
+        "random",
+        "--data-dir",
+        place / "data",
+        *TINY,
+    ]
+    words += ["--resume", "--run-dir", place / "twice"]
+    processes = [start(words) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    codes = sorted(process.returncode for process in processes)
+    assert codes == [0, 1], errors
+    assert any("another process is training" in error for error in errors)
+    folder = Path("simple_tag-random", path.stem, "seed-0")
+    assert outcome(place / "twice" / folder) == outcome(place / "calm" / folder)
+    return {
+        "what": f"{path.stem}: two runs at once",
+        "kills": 0,
+        "while writing": 0,
+        "result": "one refused, one the same",
+    }
+
+
+def main(args: Args) -> None:
+    """Make tiny datasets, do all checks and write the table."""
+    rng, rows = random.Random(args.seed), []
+    scripts = [
+        ROOT / ("" if m == "om2p" else "baselines") / f"{m}_{s}.py" for m in METHODS for s in SUITES
+    ]
+    targets = [*scripts, *SUITES]
+    shares = [len(range(k, args.kills, len(targets))) for k in range(len(targets))]
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(targets) + 2) as bar:
+        place = Path(folder)
+        for suite, (task, count) in SUITES.items():
+            line = ["--task", task, "--quality", "random", "--num-transitions", count]
+            finish(start([ROOT / f"data/collect_{suite}.py", *line, "--data-dir", place / "data"]))
+        for target, kills in zip(targets, shares, strict=True):
+            check = check_collector if target in SUITES else check_script
+            rows.append(check(target, place, kills, rng))
+            bar.update()
+        for check in (check_full_disk, check_two_runs):
+            rows.append(check(ROOT / "om2p_mpe.py", place))
+            bar.update()
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{sum(row['kills'] for row in rows)} kills, nothing lost; see {args.out}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    main(tyro.cli(Args))
