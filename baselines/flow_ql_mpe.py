@@ -826,7 +826,7 @@ def train(args: Args) -> tuple[FlowPolicy, np.ndarray]:
     final, best = history[-1], max(row["score"] for row in history)
     print(
         f"{args.task}-{args.quality}, seed {args.seed}: final return {final['return']:.1f} "
-        f"(sd {returns.std():.1f} over {len(returns)} episodes), normalized score "
+        f"(sd {returns.std(correction=0):.1f} over {len(returns)} episodes), normalized score "
         f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
         f"see {run_dir}"
     )

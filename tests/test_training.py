@@ -26,10 +26,7 @@ def train(make_data, tmp_path):
             num_updates=num_updates,
             eval_interval=eval_interval,
             eval_episodes=4,
-            batch_size=32,
-            hidden_dims=(16, 16),
-            device="cpu",
-            **settings,
+            **{"batch_size": 32, "hidden_dims": (16, 16), "device": "cpu", **settings},
         )
         om2p_mpe.train(args)
         return load_checkpoint(args.run_dir)["states"]
@@ -63,6 +60,17 @@ def test_same_seed_same_weights(train, settings, same):
     first, second = train(), train(**settings)
     for name in ("policy", "critic", "target_critic"):
         assert same_weights(first[name], second[name]) == same
+
+
+def test_two_threads_same_weights(train):
+    """On the CPU the number of threads changes no bit, at the default sizes."""
+    size = {"batch_size": 128, "hidden_dims": (128, 128), "num_updates": 10}
+    first = train(**size)
+    torch.set_num_threads(2)
+    second = train(**size)
+    torch.set_num_threads(1)
+    for name in ("policy", "critic", "target_critic"):
+        assert same_weights(first[name], second[name])
 
 
 def test_another_seed_gives_other_weights(train):
