@@ -265,12 +265,12 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
         column, width = dataset[key][i], widths[key][i] if key in widths else None
         for folder, (length, size) in zip(folders, sizes, strict=True):
             path = folder / f"{name}_{i}.npy"
-            array = read_array(path, length, width)
             values = column[:size] if width is None else column[:size, :width]
             column = column[size:]
-            for first in range(0, size, 100_000):  # in pieces, which keeps memory low
-                piece = values[first : first + 100_000]
-                piece.copy_(torch.from_numpy(array[first : first + len(piece)].astype(np.float32)))
+            for first in range(0, size, 20_000):  # in pieces, each with a map of its own: no
+                piece = values[first : first + 20_000]  # more of the file stays in memory
+                rows = read_array(path, length, width)[first : first + 20_000]
+                piece.copy_(torch.from_numpy(rows[: len(piece)].astype(np.float32)))
                 if not piece.isfinite().all():
                     stop(f"{path} holds NaN or infinite values")
                 if key == "action" and (piece.abs() > 1.001).any():

@@ -718,7 +718,10 @@ def test_killed(number, kind, host, command, download, arrays):
     paths = offer(host, arrays, "HalfCheetah-2x3")
     host.plans[paths[number]] = ["wait"]
     options = command("HalfCheetah-2x3", "expert")
-    process = subprocess.Popen(**options, stdout=subprocess.DEVNULL, start_new_session=True)
+    options |= {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    # Where the tests run in the background, SIGINT may be ignored, and bash would inherit that
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(**options)
     assert host.reached.wait(20)
     folder = host.data / "HalfCheetah-2x3/expert/seed_0_data"
     part = folder.with_suffix(".tmp") / (Path(paths[number]).name + ".part")
