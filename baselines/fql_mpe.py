@@ -328,7 +328,7 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: 
             return
     stop(
         f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
-        f"ones by `bash data/download.sh {task} {quality}`"
+        f"ones by `bash data/download.sh {task} {quality} {seed}`"
     )
 
 

@@ -275,7 +275,7 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: 
             return
     stop(
         f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
-        f"ones by `bash data/download.sh {task} {quality}`"
+        f"ones by `bash data/download.sh {task} {quality} {seed}`"
     )
 
 
@@ -369,9 +369,10 @@ class MaMuJoCo:
     A task is <robot>-<partition>, any that MaMuJoCo has. Agents observe positions and velocities
     of their own joints alone (agent_obsk=0, no global categories), as in the public data; actions
     in [-1, 1] are scaled to the robot's controls; everybody's reward is the robot's, by the rules
-    of the -v2 tasks. Smaller agents' observations are padded with zeros, and what they do beyond
-    their own action components is ignored. An episode lasts `horizon` steps; where the robot falls
-    (`done`) it ends, and pays nothing more.
+    of the -v2 tasks for HalfCheetah, Hopper, Walker2d and Ant, of -v5 for others. Observations of
+    smaller agents are padded with zeros, and what they do beyond their own action components is
+    ignored. An episode lasts `horizon` steps; where the robot falls (`done`) it ends, and pays
+    nothing more.
 
     Source: robotics.farama.org/envs/MaMuJoCo; de Witt et al. (2020), arxiv.org/abs/2003.06709.
     """

@@ -225,7 +225,10 @@ def results_line(method: str) -> str:
     """A method's final scores in one line, a sentence for each suite."""
     text = f"*Results*, {' / '.join(QUALITIES)}:"
     for suite in (suite for suite in DATASETS if (RESULTS / f"{suite}.csv").exists()):
-        cells, _, _ = suite_cells(suite)
+        cells, _, names = suite_cells(suite)
+        if method not in names:
+            text += f" none yet on {', '.join(dict(DATASETS[suite]))}."
+            continue
         scores = {d: mean(numbers(cells[method, *d], "score")) for d in DATASETS[suite]}
         tasks = (
             f"{task} {' / '.join(scores[task, quality] for quality in QUALITIES)}"

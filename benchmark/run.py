@@ -102,7 +102,7 @@ def mpe_grid() -> list[dict]:
 
 
 def tune_grid() -> list[dict]:
-    """Values of every method's settings, one changed at a time, one seed."""
+    """Values of every method's settings, one seed."""
     return [
         cell(method, *data, 0, setting, value)
         for method, settings in TUNING.items()

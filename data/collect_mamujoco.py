@@ -182,9 +182,10 @@ class MaMuJoCo:
     A task is <robot>-<partition>, any that MaMuJoCo has. Agents observe positions and velocities
     of their own joints alone (agent_obsk=0, no global categories), as in the public data; actions
     in [-1, 1] are scaled to the robot's controls; everybody's reward is the robot's, by the rules
-    of the -v2 tasks. Smaller agents' observations are padded with zeros, and what they do beyond
-    their own action components is ignored. An episode lasts `horizon` steps; where the robot falls
-    (`done`) it ends, and pays nothing more.
+    of the -v2 tasks for HalfCheetah, Hopper, Walker2d and Ant, of -v5 for others. Observations of
+    smaller agents are padded with zeros, and what they do beyond their own action components is
+    ignored. An episode lasts `horizon` steps; where the robot falls (`done`) it ends, and pays
+    nothing more.
 
     Source: robotics.farama.org/envs/MaMuJoCo; de Witt et al. (2020), arxiv.org/abs/2003.06709.
     """
@@ -418,7 +419,7 @@ def check_args(args: Args) -> None:
 def write_files(folder: Path, args: Args, policies: list, env: MaMuJoCo) -> np.ndarray:
     """Roll the policies out for equal shares of the rows into OMAR's files; return the returns.
 
-    A share's last episode may be cut off where the share ends; it counts among the returns if not.
+    A share's last episode may be cut off where the share ends; only whole ones have a return.
     """
     torch.manual_seed(args.seed)
     env.reset(args.seed)
@@ -440,7 +441,10 @@ def write_files(folder: Path, args: Args, policies: list, env: MaMuJoCo) -> np.n
             column = np.concatenate([part[name][i] for part in parts])
             own = column[:, : widths[name][i]] if name in widths else column
             np.save(folder / f"{name}_{i}.npy", own)
-    return np.concatenate(returns)
+    returns = np.concatenate(returns)
+    if not len(returns):
+        stop(f"--num-transitions {args.num_transitions} is less than one episode")
+    return returns
 
 
 def collect(args: Args) -> dict:
@@ -466,10 +470,10 @@ def train_behavior(args: Args) -> None:
     squared pre-tanh outputs keeps actions from saturating. The training is saved on the way, and a
     stopped one goes on from there.
 
-    Saved, as `load_behavior` reads it: as expert the policy nearest to the public expert's return,
-    without public data the best one; as medium the one on the way nearest to the public medium's,
-    or half of the way; and up to 12, evenly apart, from the start to where their mean return is
-    nearest to the public medium-replay's, or that of medium.
+    Saved, as `load_behavior` reads it: as expert the best policy; as medium the one on the way
+    nearest to the public medium's return or, without public data, to half of the way from random
+    to the best; and up to 12, evenly apart, from the start to where their mean return is nearest to
+    the public medium-replay's, or to medium.
     """
     check_args(args)
     torch.manual_seed(args.seed)
@@ -537,16 +541,19 @@ def train_behavior(args: Args) -> None:
     }
     path = BEHAVIOR_DIR / f"{args.task}.training.pt"
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        step, updates, returns = state["step"], state["updates"], state["returns"]
-        for weights in state["snapshots"]:
-            snapshots.append(deepcopy(policy))
-            snapshots[-1].load_state_dict(weights)
-        for name, values in buffer.items():
-            values[:step] = state["buffer"][name][:step]
-        torch.set_rng_state(state["rng"])
+        try:
+            state = torch.load(path, weights_only=True)
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            step, updates, returns = state["step"], state["updates"], state["returns"]
+            for weights in state["snapshots"]:
+                snapshots.append(deepcopy(policy))
+                snapshots[-1].load_state_dict(weights)
+            for name, values in buffer.items():
+                values[:step] = state["buffer"][name]
+            torch.set_rng_state(state["rng"])
+        except Exception as problem:
+            stop(f"{path} cannot be gone on from; remove it to begin anew", problem)
 
     obs, t = env.reset((args.seed, step)), 0
     with tqdm(total=args.train_steps, initial=step, unit="step", unit_scale=True) as bar:
