@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -68,6 +68,12 @@ class Args:
     """outputs go to <run-dir>/<task>-<quality>/<script>/seed-<n>/"""
     resume: bool = False
     """go on from the run's checkpoint, or start if it has none"""
+    num_seeds: int = 1
+    """train so many seeds at once, from --seed up, each on its own data; meant for GPUs"""
+    compile: bool = torch.cuda.is_available()
+    """compile the update, and on a GPU replay it as a CUDA graph; takes a minute to start"""
+    tf32: bool = False
+    """multiply matrices in TF32 where the GPU can: faster, with three decimal digits"""
 
     # Data and evaluation
     quality: Literal[
@@ -356,6 +362,7 @@ def reweight(dataset: dict, quantiles: tuple[float, ...]) -> dict:
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
+    "num_seeds": (1, math.inf),
     "eval_interval": (1, math.inf),
     "eval_episodes": (1, math.inf),
     "num_updates": (1, math.inf),
@@ -457,6 +464,15 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
                 if key == "action" and (piece.abs() > 1.001).any():
                     stop(f"{path} holds actions outside [-1, 1]")
     return {key: values.to(device) for key, values in dataset.items()}
+
+
+def sample(dataset: dict, batch_size: int, num_seeds: int = 1) -> dict:
+    """Draw B transitions, the same ones for all agents of a seed: (N, T, ...) -> (N, B, ...)."""
+    (num_agents, num_transitions), device = dataset["obs"].shape[:2], dataset["obs"].device
+    index = torch.randint(num_transitions, (num_seeds, batch_size), device=device)
+    index = index.repeat_interleave(num_agents // num_seeds, dim=0)  # (N, B)
+    agents = torch.arange(num_agents, device=device)[:, None]
+    return {key: values[agents, index] for key, values in dataset.items()}
 
 
 # endregion dataset
@@ -651,27 +667,80 @@ def load_prey(path: Path, obs_dim: int):
 
 # region evaluate
 @torch.no_grad()
-def evaluate(policy, env, seed: int = 0, device="cpu") -> np.ndarray:
-    """Play K episodes and return the return of each, (K,): sum over steps, mean over agents.
+def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") -> np.ndarray:
+    """Play K episodes for each seed; returns (S, K), sum over steps and mean over a seed's agents.
 
-    Initial states and noise depend on `seed` alone, and training's random state is left as it was.
+    `envs` holds one environment for each seed, the policy the agents of all. Initial states depend
+    on the seeds alone, noise on the first, and training's random state is left as it was.
     """
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        obs, returns = env.reset(seed), 0.0
-        for _ in range(env.horizon):
+        torch.manual_seed(seeds[0])
+        obs = np.concatenate([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
+        returns = 0.0
+        for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
-            obs, reward = env.step(action)
-            returns = returns + reward.mean(axis=0)
+            parts = np.split(action, len(envs))
+            steps = [env.step(part) for env, part in zip(envs, parts, strict=True)]
+            obs = np.concatenate([obs for obs, _ in steps])
+            returns = returns + np.stack([reward.mean(axis=0) for _, reward in steps])
     return returns
 
 
 # endregion evaluate
 
 
+# region compile
+def adam(net: nn.Module, learning_rate: float, device="cpu") -> torch.optim.Adam:
+    """Adam in one fused kernel; its step size is a tensor, which a CUDA graph can follow."""
+    step_size = torch.tensor(learning_rate, device=device)
+    return torch.optim.Adam(net.parameters(), step_size, fused=True, capturable=True)
+
+
+def compiled(update: Callable, device: str) -> Callable:
+    """The update by torch.compile; on a GPU also captured as one CUDA graph, which is replayed.
+
+    Random numbers are those of the plain update, and so are the losses, but for rounding. If
+    compiling or capturing fails, it says so and runs the plain update instead.
+    """
+    fast = torch.compile(update, options={"fallback_random": True})
+    stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
+    graph, losses, calls = None, {}, 0
+
+    def step() -> dict[str, torch.Tensor]:
+        nonlocal fast, graph, losses, calls
+        calls += 1
+        try:
+            if fast is update or stream is None:
+                return fast()
+            if graph is None and calls > 3:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    losses = fast()
+            if graph is not None:
+                graph.replay()
+                return losses
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):  # the first calls, a capture must find all compiled
+                losses = fast()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return losses
+        except Exception as problem:
+            if fast is update:
+                raise
+            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            print(f"warning: going on without --compile, which fails: {reason}", file=sys.stderr)
+            fast = update
+            return update()
+
+    return step
+
+
+# endregion compile
+
+
 # region write
-FREE = {"run_dir", "data_dir", "device", "resume"}  # settings that a resumed run may change
+FREE = {"run_dir", "data_dir", "device", "resume", "compile", "tf32"}  # may change on resuming
 
 
 def write(path: Path, save: Callable, state, keep: bool = False) -> None:
@@ -699,8 +768,13 @@ def save_table(rows: list[dict], file) -> None:
     file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def load_checkpoint(run_dir: Path, settings: dict[str, str]) -> dict | None:
-    """A run's newest checkpoint that is whole, or None if there is none yet.
+def save_array(values: np.ndarray, file) -> None:
+    """np.save with its arguments in the order that `write` has."""
+    np.save(file, values)
+
+
+def load_checkpoint(run_dir: Path, settings: dict[str, str], device="cpu") -> dict | None:
+    """A run's newest checkpoint that is whole, its tensors on `device`; None if there is none yet.
 
     Ends the program if none is whole, or if the run was started with other settings.
     """
@@ -708,7 +782,7 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str]) -> dict | None:
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
             changed = {key: value for key, value in state["settings"].items() if key not in FREE}
             break
         except Exception as problem:
@@ -725,20 +799,19 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str]) -> dict | None:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second process from training in the same run directory; ends that one with a line."""
-    lock = FileLock(run_dir.with_name(f".{run_dir.name}.lock"))
-    try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        stop(f"another process is training in {run_dir}")
-    except OSError as problem:
-        stop(f"{run_dir} cannot be written", problem)
-    try:
+def locked(run_dirs: Sequence[Path]) -> Iterator[None]:
+    """Keep a second process from training in these run directories; ends that one with a line."""
+    with ExitStack() as locks:
+        for run_dir in run_dirs:
+            try:
+                run_dir.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(run_dir.with_name(f".{run_dir.name}.lock"), timeout=0)
+                locks.enter_context(lock)
+            except Timeout:
+                stop(f"another process is training in {run_dir}")
+            except OSError as problem:
+                stop(f"{run_dir} cannot be written", problem)
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -758,7 +831,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
-    """Train one team and write its run directory; return the policy and the final returns (K,)."""
+    """Train and write a run directory for each seed; return policy and final returns (S, K)."""
     # region setup
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
@@ -769,16 +842,27 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
         torch.zeros(1, device=args.device).item()
     except Exception as problem:
         stop(f"--device {args.device} cannot be used", problem)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.manual_seed(args.seed)
+    seeds = range(args.seed, args.seed + args.num_seeds)
     # endregion setup
 
-    env = MPE(args.task, args.eval_episodes)
-    dataset = load_dataset(args.data_dir, args.task, args.quality, args.seed, env, args.device)
-    env.prey_policy = find_prey(args.task, args.data_dir)
+    envs = [MPE(args.task, args.eval_episodes) for _ in seeds]
+    datasets = [
+        load_dataset(args.data_dir, args.task, args.quality, seed, envs[0], args.device)
+        for seed in seeds
+    ]
+    for env in envs:
+        env.prey_policy = find_prey(args.task, args.data_dir)
     if args.return_quantiles:
-        dataset = reweight(dataset, args.return_quantiles)
+        datasets = [reweight(dataset, args.return_quantiles) for dataset in datasets]
 
     # region prepare
+    if len({part["obs"].shape[1] for part in datasets}) > 1:
+        stop("the datasets of these seeds differ in length: train them without --num-seeds")
+    dataset = datasets[0]
+    if args.num_seeds > 1:  # one team of all their agents; every part's memory is freed at once
+        dataset = {key: torch.cat([part.pop(key) for part in datasets]) for key in FILES}
     num_agents, num_transitions, obs_dim = dataset["obs"].shape
     action_dim = dataset["action"].shape[-1]
     if num_transitions < args.batch_size:
@@ -800,13 +884,12 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     critic = Critic(num_agents, obs_dim, action_dim, args.hidden_dims).to(args.device)
     critic.mask = policy.mask
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
-    policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate)
+    policy_optimizer = adam(policy, args.learning_rate, args.device)
+    critic_optimizer = adam(critic, args.learning_rate, args.device)
     policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
 
     def update() -> dict[str, torch.Tensor]:
-        index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
-        batch = {key: value[:, index] for key, value in dataset.items()}
+        batch = sample(dataset, args.batch_size, args.num_seeds)
 
         # Critic: one step towards the TD target, and recorded actions above others
         td, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
@@ -823,15 +906,14 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        policy_schedule.step()
         critic.requires_grad_(True)
         losses |= {"policy": loss.detach(), **parts}
 
         # Target networks
         with torch.no_grad():
-            for target_net, net in ((target_policy, policy), (target_critic, critic)):
-                for target, source in zip(target_net.parameters(), net.parameters(), strict=True):
-                    target.lerp_(source, args.tau)
+            targets = [*target_policy.parameters(), *target_critic.parameters()]
+            sources = [*policy.parameters(), *critic.parameters()]
+            torch._foreach_lerp_(targets, sources, args.tau)
         return losses
 
     states = {
@@ -847,52 +929,59 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
 
     # region loop
     script = Path(__file__)
-    run_dir = args.run_dir / f"{args.task}-{args.quality}" / script.stem / f"seed-{args.seed}"
+    folder = args.run_dir / f"{args.task}-{args.quality}" / script.stem
+    run_dirs = [folder / f"seed-{seed}" for seed in seeds]
     settings = {key: str(value) for key, value in asdict(args).items()}
-    step, seconds, history, returns = 0, 0.0, [], torch.zeros(0)
+    step, seconds, histories, returns = 0, 0.0, [[] for _ in seeds], torch.zeros(0)
     sums, count = {}, 0  # of the losses since they were last logged
-    with locked(run_dir), stop_signals() as signals:
-        if args.resume and (state := load_checkpoint(run_dir, settings)):
+    with locked(run_dirs), stop_signals() as signals:
+        # The first seed's directory has the checkpoint of all
+        if args.resume and (state := load_checkpoint(run_dirs[0], settings, args.device)):
             try:
                 for name, part in states.items():
                     part.load_state_dict(state["states"][name])
-                step, seconds, history, returns, sums, count = state["progress"].values()
-                torch.set_rng_state(state["rng"])
+                step, seconds, histories, returns, sums, count = state["progress"].values()
+                returns = returns.cpu()
+                torch.set_rng_state(state["rng"].cpu())
                 if args.device.startswith("cuda"):
-                    torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-                    sums = {key: value.to(args.device) for key, value in sums.items()}
+                    torch.cuda.set_rng_state(state["cuda_rng"].cpu(), args.device)
             except Exception as problem:
-                stop(f"{run_dir} cannot be resumed", problem)
+                stop(f"{run_dirs[0]} cannot be resumed", problem)
 
         def save_checkpoint() -> None:
-            progress = {"step": step, "seconds": seconds, "history": history, "returns": returns}
+            progress = {"step": step, "seconds": seconds, "histories": histories}
             state = {
-                "progress": progress | {"sums": sums, "count": count},
+                "progress": progress | {"returns": returns, "sums": sums, "count": count},
                 "settings": settings,
                 "states": {name: part.state_dict() for name, part in states.items()},
                 "rng": torch.get_rng_state(),
             }
             if args.device.startswith("cuda"):
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-            write(run_dir / "checkpoint.pt", torch.save, state, keep=True)
+            write(run_dirs[0] / "checkpoint.pt", torch.save, state, keep=True)
 
-        writer = bar = None
+        writers, bar = [], None
         try:
-            if run_dir.exists() and not args.resume:
-                old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
-                old.parent.mkdir(exist_ok=True)
-                run_dir.rename(old)
-                print(f"the previous run in {run_dir} is now {old}")
-            run_dir.mkdir(exist_ok=True)
-            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-            shutil.copy(script, run_dir)
-            writer = SummaryWriter(run_dir, purge_step=step + 1)
+            for seed, run_dir in zip(seeds, run_dirs, strict=True):
+                finished = (run_dir / "policy.pt").exists()
+                if run_dir.exists() and (not args.resume or (finished and step == 0)):
+                    old = folder / "old" / f"{run_dir.name}-{time.time_ns()}"
+                    old.parent.mkdir(exist_ok=True)
+                    run_dir.rename(old)
+                    print(f"the previous run in {run_dir} is now {old}")
+                run_dir.mkdir(exist_ok=True)
+                text = json.dumps(asdict(args) | {"seed": seed}, indent=2, default=str)
+                (run_dir / "args.json").write_text(text)
+                shutil.copy(script, run_dir)
+                writers.append(SummaryWriter(run_dir, purge_step=step + 1))
             bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
+            update = compiled(update, args.device) if args.compile else update
             start = time.time() - seconds
             while step < args.num_updates:
                 step += 1
                 for key, value in update().items():
                     sums[key] = sums.get(key, 0) + value
+                policy_schedule.step()
                 count += 1
                 seconds = time.time() - start
                 evaluating = step % args.eval_interval == 0 or step == args.num_updates
@@ -902,44 +991,56 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
                     sums, count = {}, 0
                     bar.update(step - bar.n)
                     for key, value in losses.items():
-                        writer.add_scalar(f"losses/{key}", value, step)
+                        for writer in writers:
+                            writer.add_scalar(f"losses/{key}", value, step)
                         if not abs(value) < 1e8:
                             stop(
                                 f"losses/{key} is {value} at update {step}: training has diverged; "
                                 f"the last checkpoint is kept; try a lower --learning-rate"
                             )
                 if evaluating:
-                    returns = torch.from_numpy(evaluate(policy, env, args.seed, args.device))
-                    mean = returns.mean().item()
+                    returns = torch.from_numpy(evaluate(policy, envs, seeds, args.device))
+                    means = returns.mean(dim=1).tolist()
+                    runs = zip(run_dirs, writers, histories, means, strict=True)
+                    for run_dir, writer, history, mean in runs:
+                        score = normalized_score(args.task, mean)
+                        row = {"step": step, "return": mean, "score": score, "seconds": seconds}
+                        history.append(row | losses)
+                        writer.add_scalar("charts/return", mean, step)
+                        writer.add_scalar("charts/normalized_score", score, step)
+                        writer.add_scalar("charts/updates_per_second", step / seconds, step)
+                        write(run_dir / "metrics.csv", save_table, history)
+                    mean = sum(means) / args.num_seeds
                     score = normalized_score(args.task, mean)
-                    row = {"step": step, "return": mean, "score": score, "seconds": seconds}
-                    history.append(row | losses)
-                    writer.add_scalar("charts/return", mean, step)
-                    writer.add_scalar("charts/normalized_score", score, step)
-                    writer.add_scalar("charts/updates_per_second", step / seconds, step)
                     tqdm.write(
                         f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}"
                     )
-                    write(run_dir / "metrics.csv", save_table, history)
                 if evaluating or signals:
                     save_checkpoint()
                 if signals:
                     raise SystemExit(f"stopped at update {step}; --resume goes on from there")
-            write(run_dir / "policy.pt", torch.save, policy.state_dict())
-            write(run_dir / "final_returns.npy", lambda a, file: np.save(file, a), returns.numpy())
+            for k, run_dir in enumerate(run_dirs):
+                # Every tensor of the policy has the agents of all seeds along its first dimension
+                weights = {
+                    key: value.chunk(args.num_seeds)[k].clone()
+                    for key, value in policy.state_dict().items()
+                }
+                write(run_dir / "policy.pt", torch.save, weights)
+                write(run_dir / "final_returns.npy", save_array, returns[k].numpy())
         except OSError as problem:
-            stop(f"{run_dir} cannot be written at update {step}", problem)
+            stop(f"{folder} cannot be written at update {step}", problem)
         finally:
-            for output in filter(None, (bar, writer)):
+            for output in filter(None, (bar, *writers)):
                 output.close()
 
-    final, best = history[-1], max(row["score"] for row in history)
-    print(
-        f"{args.task}-{args.quality}, seed {args.seed}: final return {final['return']:.1f} "
-        f"(sd {returns.std(correction=0):.1f} over {len(returns)} episodes), normalized score "
-        f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
-        f"see {run_dir}"
-    )
+    for seed, run_dir, history, values in zip(seeds, run_dirs, histories, returns, strict=True):
+        final, best = history[-1], max(row["score"] for row in history)
+        print(
+            f"{args.task}-{args.quality}, seed {seed}: final return {final['return']:.1f} "
+            f"(sd {values.std(correction=0):.1f} over {len(values)} episodes), normalized score "
+            f"{final['score']:.1f} (best during training {best:.1f}), {seconds / 60:.1f} minutes; "
+            f"see {run_dir}"
+        )
     # endregion loop
     return policy, returns.numpy()
 

@@ -64,7 +64,7 @@ def main(args: Args) -> None:
             policy = MeanFlowPolicy(env.num_agents, obs_dim, max(env.action_dims), hidden_dims)
             policy.load_state_dict(torch.load(folder / "policy.pt", weights_only=True))
             for steps in args.steps:
-                returns = evaluate(SeveralSteps(policy, steps), env, seed)
+                returns = evaluate(SeveralSteps(policy, steps), [env], [seed])
                 score = round(normalized_score(task, returns.mean()), 2)
                 key = {"task": task, "quality": quality, "seed": seed, "steps": steps}
                 rows.append({**key, "score": score})

@@ -133,6 +133,7 @@ class Critic(nn.Module):
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
+    "num_seeds": (1, math.inf),
     "eval_interval": (1, math.inf),
     "eval_episodes": (1, math.inf),
     "num_updates": (1, math.inf),

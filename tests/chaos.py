@@ -33,6 +33,7 @@ SUITES = {"mpe": ("simple_tag", "50000"), "mamujoco": ("Reacher-2x1", "1000")}  
 METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
 TINY = ["--num-updates", "40", "--eval-interval", "4", "--eval-episodes", "4"]
 TINY += ["--batch-size", "16", "--hidden-dims", "32", "32", "--device", "cpu"]
+TINY += ["--no-compile"]
 
 
 @dataclass

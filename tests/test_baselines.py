@@ -5,6 +5,7 @@ has the policies themselves.
 """
 
 import importlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -219,7 +220,7 @@ class HandWithSchedule(diffusion_ql.DiffusionPolicy):
 
 
 def test_diffusion_ql_loss(monkeypatch, double):
-    """E || eps - e ||^2 - q_weight E[Q_1(o, a_pi)] / sg(E|Q_2|), or with 2 and 1, at random."""
+    """E || eps - e ||^2 - q_weight E[Q_1(o, a_pi)] / sg(E|Q_2|); each agent by chance 2 and 1."""
     batch = make_batch()
     obs, action = batch["obs"], batch["action"]
     calls = spy(monkeypatch, diffusion_ql, "diffusion_loss")
@@ -236,26 +237,30 @@ def test_diffusion_ql_loss(monkeypatch, double):
                 signal = abar[k[i, b]]
                 x[i, b] = math.sqrt(signal) * action[i, b] + math.sqrt(1 - signal) * noise[i, b]
                 eps[i, b] = predicting(theta, obs[i, b], x[i, b], int(k[i, b]) + 1)
-        one, other = ((lambda o, a, e=e: twin(o, a)[e]) for e in (which, 1 - which))
-        q_term = normalised(one, other, obs, acting(theta, obs), acting(frozen, obs))
+        q_term, free, stopped = 0.0, acting(theta, obs), acting(frozen, obs)
+        for i, k in enumerate(which):
+            scale = mean_of(lambda o, a, k=k: abs(twin(o, a)[1 - k]), obs, stopped, i)
+            q_term += mean_of(lambda o, a, k=k: twin(o, a)[k], obs, free, i) / scale
         return squares(eps, noise) - 3.0 * q_term
 
     def which_of(theta):
         loss = float(loss_of(theta))
-        errors = [abs(loss - formula(theta, theta, which)) for which in (0, 1)]
+        choices = list(itertools.product((0, 1), repeat=N))
+        errors = [abs(loss - formula(theta, theta, which)) for which in choices]
         assert min(errors) < 1e-9
-        assert max(errors) > 0.01
-        return errors.index(min(errors))
+        assert sorted(errors)[1] > 1e-3
+        return choices[errors.index(min(errors))]
 
     theta = torch.tensor([0.6, -0.3, 0.8, 0.4])
     torch.manual_seed(1)
-    assert 8 <= sum(which_of(theta) for _ in range(40)) <= 32
+    chosen = torch.tensor([which_of(theta) for _ in range(40)])
+    assert all(8 <= ones <= 32 for ones in chosen.sum(dim=0))
     found = set()
-    for draw in (0.25, 0.75):
-        monkeypatch.setattr(torch, "rand", lambda *_, draw=draw, **__: torch.tensor(draw))
+    for draws in ((0.25, 0.75), (0.75, 0.25)):
+        monkeypatch.setattr(torch, "rand_like", lambda *_, draws=draws: torch.tensor(draws))
         found.add(which := which_of(theta))
         check(loss_of, lambda *thetas, which=which: formula(*thetas, which))
-    assert found == {0, 1}
+    assert found == {(0, 1), (1, 0)}
 
 
 @pytest.mark.parametrize("q_weight", [0.0, 3.0])

@@ -344,7 +344,7 @@ def test_everybody_in_one_place(task):
 def test_random_policy_on_simple_spread():
     """Uniform actions return 160.7 with sd 60.8, as measured in OMAR's own environment."""
     policy = SimpleNamespace(act=lambda obs: 2 * torch.rand(*obs.shape[:-1], 2) - 1)
-    returns = evaluate(policy, MPE("simple_spread", 4_000), seed=0)
+    (returns,) = evaluate(policy, [MPE("simple_spread", 4_000)])
     assert returns.shape == (4_000,)
     assert abs(returns.mean() - 160.7) < 3 * 60.8 / 4_000**0.5
     assert returns.std() == pytest.approx(60.8, rel=0.05)

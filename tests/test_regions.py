@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("om2p_*.py", "baselines/*.py", "data/collect_*.py")
 SCRIPTS = [path.relative_to(ROOT) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 BASELINES = [script for script in SCRIPTS if script.parent == Path("baselines")]
-FRAME = {"args", "args_training", "networks", "ranges", "dataset", "evaluate", "write"}
+FRAME = {"args", "args_training", "networks", "ranges", "dataset", "evaluate", "compile", "write"}
 FRAME |= {"setup", "prepare", "loop"}
 CRITIC = {"imports", "args_critic", "td"}
 CONSERVATIVE = CRITIC | {"args_conservative", "conservative", "update_conservative"}

@@ -31,7 +31,7 @@ SCRIPTS = sorted(ROOT.glob("om2p_*.py")) + sorted((ROOT / "baselines").glob("*.p
 TASKS = {"mpe": "simple_spread", "mamujoco": "Reacher-2x1"}  # by the end of a script's name
 OTHER_TASKS = {"mpe": "simple_tag", "mamujoco": "Pusher-3p"}
 TINY = {"num_updates": 6, "eval_interval": 3, "eval_episodes": 4, "batch_size": 16}
-TINY |= {"hidden_dims": (16, 16), "device": "cpu"}
+TINY |= {"hidden_dims": (16, 16), "device": "cpu", "compile": False}
 OWN_TINY = {"dom2": {"score_dims": (16, 8)}}  # in addition, by the method's name
 
 
@@ -39,8 +39,8 @@ def flags(**settings):
     """Settings as a command line."""
     line = []
     for key, value in settings.items():
-        value = value if isinstance(value, tuple) else (value,)
-        line += [f"--{key.replace('_', '-')}", *map(str, value)]
+        name, values = key.replace("_", "-"), value if isinstance(value, tuple) else (value,)
+        line += [f"--no-{name}"] if value is False else [f"--{name}", *map(str, values)]
     return line
 
 
@@ -203,7 +203,7 @@ def test_outputs(run, script):
 def test_saved_team_plays_as_after_training(run, data):
     """tools/watch.py builds it by the run's own script: the final returns again, bit for bit."""
     team = watch.load_team(run.folder, TINY["eval_episodes"], seed=5, data_dir=data)
-    returns = team.module.evaluate(team.policy, team.env, seed=0)
+    (returns,) = team.module.evaluate(team.policy, [team.env])
     np.testing.assert_array_equal(returns, np.load(run.folder / "final_returns.npy"))
     assert team.module.__file__.startswith(str(run.folder))
 
@@ -258,6 +258,89 @@ def test_one_agents_data_train_that_agent(run, train, script, data, tmp_path):
                 assert not torch.equal(a[0], b[0])
 
 
+# Several seeds at once
+
+
+@pytest.fixture
+def two_seeds(script, train, data, make_data, make_mujoco_data, tmp_path):
+    """A function as `train` that trains seeds 0 and 1 at once.
+
+    Attributes: `folders`, the run directories; `data`, the data folder; `make`, what made seed 1's.
+    """
+    make = make_data if script.path.stem.endswith("_mpe") else make_mujoco_data
+    shutil.copytree(data, tmp_path / "data")
+    make(tmp_path / "data", script.task, seed=1)
+
+    def function(**changes):
+        return train(num_seeds=2, data_dir=tmp_path / "data", **changes)
+
+    function.folders = [train.folder, train.folder.with_name("seed-1")]
+    function.data, function.make = tmp_path / "data", make
+    return function
+
+
+def test_two_seeds_at_once(script, two_seeds):
+    """Every seed has its own run directory, and its team plays alone what it has learned."""
+    policy, returns = two_seeds()
+    assert returns.shape == (2, 4)
+    joint = {key: value.chunk(2) for key, value in policy.state_dict().items()}
+    for seed, folder in enumerate(two_seeds.folders):
+        assert json.loads((folder / "args.json").read_text())["seed"] == seed
+        np.testing.assert_array_equal(np.load(folder / "final_returns.npy"), returns[seed])
+        assert float(metrics(folder)[-1]["return"]) == pytest.approx(returns[seed].mean())
+        assert same(weights(folder), {key: values[seed] for key, values in joint.items()})
+        team = watch.load_team(folder, 2, seed, two_seeds.data)
+        action = team.policy.act(torch.from_numpy(team.env.reset()))
+        assert action.shape == (team.env.num_agents, 2, max(team.env.action_dims))
+    assert not same(*map(weights, two_seeds.folders))
+    assert not np.array_equal(*returns)
+
+
+def test_seeds_do_not_influence_one_another(script, two_seeds):
+    """Other data of seed 1 change all of its weights, and no bit of seed 0's."""
+    policy, _ = two_seeds()
+    before = [weights(folder) for folder in two_seeds.folders]
+    shutil.rmtree(two_seeds.data / script.task / "expert/seed_1_data")
+    two_seeds.make(two_seeds.data, script.task, seed=2)
+    folder = two_seeds.data / script.task / "expert"
+    (folder / "seed_2_data").rename(folder / "seed_1_data")
+    two_seeds()
+    after = [weights(folder) for folder in two_seeds.folders]
+    assert same(before[0], after[0])
+    moved = dict(policy.named_parameters()).keys()
+    assert not any(torch.equal(before[1][key], after[1][key]) for key in moved)
+
+
+def test_two_seeds_go_on(two_seeds):
+    """From the checkpoint of both, in the first one's directory, to the same weights and curves."""
+    two_seeds()
+    before = [(weights(folder), metrics(folder)) for folder in two_seeds.folders]
+    (two_seeds.folders[0] / "checkpoint.pt").unlink()  # that of update 3 is left
+    two_seeds(resume=True)
+    for folder, (old_weights, old_metrics) in zip(two_seeds.folders, before, strict=True):
+        assert same(weights(folder), old_weights)
+        assert metrics(folder) == old_metrics
+
+
+def test_seeds_are_locked_and_kept(script, train, two_seeds):
+    """One seed's directory in use stops both; trained again alone, its old results are kept."""
+    with train.module.locked(two_seeds.folders[1:]):
+        assert str(two_seeds.folders[1]) in refusal(two_seeds)
+    two_seeds()
+    old = (two_seeds.folders[1] / "policy.pt").read_bytes()
+    train(seed=1, data_dir=two_seeds.data, resume=True)  # it has no checkpoint of its own
+    (kept,) = two_seeds.folders[1].parent.glob("old/seed-1-*/policy.pt")
+    assert kept.read_bytes() == old
+
+
+def test_seeds_of_different_lengths_are_refused(script, two_seeds):
+    """Data of different numbers of transitions cannot be one tensor: a line says what to do."""
+    shutil.rmtree(two_seeds.data / script.task / "expert/seed_1_data")
+    two_seeds.make(two_seeds.data, script.task, transitions=400, seed=1)
+    assert "without --num-seeds" in refusal(two_seeds)
+    assert not two_seeds.folders[0].exists()
+
+
 # Refusals
 
 
@@ -283,6 +366,8 @@ def test_bad_command_line(wrong, script, monkeypatch, capsys):
     ("changes", "reason"),
     [
         ({"num_updates": 0}, "--num-updates"),
+        ({"num_seeds": 0}, "--num-seeds"),
+        ({"num_seeds": 2}, "seed 1"),
         ({"eval_interval": 0}, "--eval-interval"),
         ({"eval_episodes": -1}, "--eval-episodes"),
         ({"batch_size": 0}, "--batch-size"),
@@ -424,7 +509,7 @@ def test_second_process_is_refused(train):
     """Who trains in a run directory has it alone; the other is told, and changes nothing."""
     train()
     before = sorted(train.folder.parent.rglob("*"))
-    with train.module.locked(train.folder):
+    with train.module.locked([train.folder]):
         message = refusal(lambda: train(resume=True))
     assert message == f"error: another process is training in {train.folder}"
     assert sorted(train.folder.parent.rglob("*")) == before

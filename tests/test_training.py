@@ -9,6 +9,7 @@ import torch
 import om2p_mpe
 from om2p_mpe import MPE, Args, MeanFlowPolicy, evaluate, policy_loss
 
+TINY = {"batch_size": 32, "hidden_dims": (16, 16), "device": "cpu", "compile": False}
 N, B = 2, 256  # of the tests with two modes
 
 
@@ -26,7 +27,9 @@ def train(make_data, tmp_path):
             num_updates=num_updates,
             eval_interval=eval_interval,
             eval_episodes=4,
-            **{"batch_size": 32, "hidden_dims": (16, 16), "device": "cpu", **settings},
+            **{"batch_size": 32, "hidden_dims": (16, 16), "device": "cpu"}
+            | {"compile": False}
+            | settings,
         )
         om2p_mpe.train(args)
         return load_checkpoint(args.run_dir)["states"]
@@ -73,6 +76,36 @@ def test_two_threads_same_weights(train):
         assert same_weights(first[name], second[name])
 
 
+def test_compiled_run_is_the_plain_one(train):
+    """--compile draws the same numbers and takes the same steps, but for rounding."""
+    first, second = train(), train(compile=True)
+    for name in ("policy", "critic", "target_critic"):
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-4)
+    assert not same_weights(first["policy"], second["policy"])  # another rounding: it was compiled
+
+
+def test_what_does_not_compile_runs_plainly(train, monkeypatch, capsys):
+    """One line says that --compile fails, and the run is the one without it."""
+
+    def no_compiler(*_):
+        raise RuntimeError("no compiler found\nand much more")
+
+    first = train()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    second = train(compile=True)
+    assert all(same_weights(first[name], second[name]) for name in ("policy", "critic"))
+    assert "--compile, which fails: RuntimeError: no compiler found\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_run_is_the_plain_one(train, capsys):
+    """Replayed as a CUDA graph, the update gives the weights of the plain one, but for rounding."""
+    first, second = (train(device="cuda", compile=compile) for compile in (False, True))
+    assert "warning" not in capsys.readouterr().err
+    for name in ("policy", "critic", "target_critic"):
+        torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=1e-3)
+
+
 def test_another_seed_gives_other_weights(train):
     """Everything random depends on the seed."""
     first, second = train(seed=0)["policy"], train(seed=1)["policy"]
@@ -85,11 +118,11 @@ def test_evaluation_leaves_the_random_state():
     policy = MeanFlowPolicy(env.num_agents, env.obs_dims[0], 2, (16,))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = evaluate(policy, env, seed=0)
+    first = evaluate(policy, [env])
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    np.testing.assert_array_equal(evaluate(policy, env, seed=0), first)
-    assert not np.array_equal(evaluate(policy, env, seed=1), first)
+    np.testing.assert_array_equal(evaluate(policy, [env]), first)
+    assert not np.array_equal(evaluate(policy, [env], [1]), first)
 
 
 def test_timeout_done_marks_last_steps(train, monkeypatch, tmp_path):
