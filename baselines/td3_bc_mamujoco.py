@@ -515,7 +515,7 @@ def compiled(update: Callable, device: str) -> Callable:
                 return fast()
             if graph is None and calls > 3:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
+                with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
                     losses = fast()
             if graph is not None:
                 graph.replay()

@@ -16,7 +16,7 @@ Writes benchmark/results/efficiency_<cpu or cuda>.csv, a row for every point, an
 machine. `benchmark/report.py` makes the README's tables and figures of them.
 """
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -40,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "benchmark")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from run import processor, write_table  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 18, 2
@@ -243,10 +243,19 @@ def product_rate(point: Point, device: str, seconds: float) -> float:
     return 2 * point.agents * point.batch * width**2 / np.median(call)
 
 
+def load_script(name: str):
+    """A method's script as a module of its own, which may be changed."""
+    folder = ROOT if name == "om2p" else ROOT / "baselines"
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}_mpe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def measure(point: Point, args: Args) -> dict:
     """Run the script's `train` with its update and its evaluation replaced by measurements."""
     name, settings = METHODS[point.method]
-    module = importlib.reload(importlib.import_module(f"{name}_mpe"))
+    module = load_script(name)
     on_gpu, real_compiled, result = args.device.startswith("cuda"), module.compiled, {}
     is_loop = point.method == "om2p-loop"  # one agent is measured, the others are as many again
     agents, repeats = (1, point.agents) if is_loop else (point.agents, 1)
@@ -361,6 +370,8 @@ def main(args: Args) -> None:
     settings = ["--device", args.device, "--seconds", str(args.seconds), "--parts", *args.parts]
     settings += [f"--{'' if args.compile else 'no-'}compile"]
     settings += [f"--{'' if args.tf32 else 'no-'}tf32"]
+    path = args.results_dir / f"efficiency_{kind}.json"
+    path.unlink(missing_ok=True)  # it is there when the table is complete
     bar = tqdm(total=len(points(args)), unit="point")
     for method in args.methods:
         words = [sys.executable, __file__, "--methods", method, *settings]
@@ -376,8 +387,7 @@ def main(args: Args) -> None:
         if process.returncode:
             raise SystemExit(f"error: {method} could not be measured: {errors[-1]}")
     bar.close()
-    text = json.dumps(machine, indent=2) + "\n"
-    (args.results_dir / f"efficiency_{kind}.json").write_text(text)
+    path.write_text(json.dumps(machine, indent=2) + "\n")
 
 
 if __name__ == "__main__":

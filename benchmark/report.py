@@ -333,6 +333,102 @@ def ablation_table() -> str:
     return f"{markdown(header, table)}\n\n{machine_line('ablation')}"
 
 
+def cost_name(method: str) -> str:
+    """A method of benchmark/efficiency.py, as in tables: with its steps, or what is changed."""
+    name, _, change = method.partition("-")
+    changes = {
+        "jvp": ", du/dr exact by `jvp`",
+        "jacobian": ", du/dr from the batch's Jacobian",
+        "loop": ", agent by agent, nn.Linear",
+    }
+    steps = f", {change} steps" if change.isdigit() else ""
+    return METHODS[name][0] + changes.get(change, steps)
+
+
+def cost_rows(kind: str, part: str) -> dict[str, dict]:
+    """The rows of one part of benchmark/efficiency.py on cpu or cuda, by method."""
+    rows = [row for row in read(f"efficiency_{kind}.csv") if row["part"] == part]
+    return {row["method"]: row for row in rows}
+
+
+def times(row: dict, reference: dict, key: str) -> float:
+    """How many times OM2P's seconds (key updates_per_second) or MiB (memory_mb) a row takes."""
+    ratio = float(row[key]) / float(reference[key])
+    return 1 / ratio if key == "updates_per_second" else ratio
+
+
+def shown(value: str, digits: int = 3) -> str:
+    """A number with so many digits that count, without an exponent; a dash for NaN."""
+    number = float(value)
+    if np.isnan(number):
+        return "-"
+    places = max(0, digits - 1 - int(np.floor(np.log10(abs(number)))))
+    return f"{round(number, places):,.{places}f}"
+
+
+def cost_table(kind: str, part: str) -> str:
+    """Speed, memory, decision times and FLOPs of all methods, and their ratios to OM2P's."""
+    rows, table = cost_rows(kind, part), []
+    for method, row in rows.items():
+        rate = f"{shown(row['updates_per_second'])} ({shown(row['low'])} to {shown(row['high'])})"
+        speed, memory = (times(row, rows["om2p"], k) for k in ("updates_per_second", "memory_mb"))
+        table.append(
+            (
+                cost_name(method),
+                *((row["hidden_dims"] or "-",) if part == "published" else ()),
+                rate,
+                shown(speed),
+                shown(row["memory_mb"]),
+                shown(memory),
+                shown(row["gflop"]),
+                shown(row["share_of_product"], 2),
+                shown(row["decision_ms"]),
+                shown(row["decision_1000_ms"]),
+            )
+        )
+    header = (
+        "method",
+        *(("layers",) if part == "published" else ()),
+        "updates/s (quartiles)",
+        "time, OM2P = 1",
+        "memory, MiB",
+        "memory, OM2P = 1",
+        "GFLOP an update",
+        "share of a product's rate",
+        "ms a decision",
+        "ms for 1,000",
+    )
+    return markdown(header, table)
+
+
+def cost_machine(kind: str) -> str:
+    """Where the costs were measured, and the largest ratios to the 20-step diffusion policy."""
+    machine, points = json.loads((RESULTS / f"efficiency_{kind}.json").read_text()), {}
+    for row in read(f"efficiency_{kind}.csv"):
+        sizes = tuple(row[key] for key in ("agents", "batch", "hidden_dims"))
+        points[row["part"], row["method"], sizes] = row
+    text = []
+    for key, what in (("updates_per_second", "time"), ("memory_mb", "memory")):
+        ratios = {
+            sizes: times(row, points[part, "om2p", sizes], key)
+            for (part, method, sizes), row in points.items()
+            if method == "diffusion_ql-20"
+        }
+        best = max(ratios, key=ratios.get)
+        low, high = min(ratios.values()), max(ratios.values())
+        agents, batch, layers = best
+        text.append(
+            f"{what} {low:.1f} to {high:.1f} times, the most with {agents} agents, batches of "
+            f"{int(batch):,} and layers of {layers}"
+        )
+    threads = f"{machine['threads']} threads" if kind == "cpu" else machine["device"]
+    compiled = "compiled" if machine["compile"] else "not compiled"
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {machine['torch']}, "
+        f"{compiled}. Diffusion-QL with 20 steps against OM2P over all points: {'; '.join(text)}."
+    )
+
+
 TABLES = {  # name -> function and the file that it needs
     "data": (data_table, "mpe.csv"),
     "prey": (prey_table, "prey_simple_tag.csv"),
@@ -345,6 +441,14 @@ TABLES = {  # name -> function and the file that it needs
     "tune": (partial(tune_table, "tune", "mpe"), "tune.csv"),
     "tune_mamujoco": (partial(tune_table, "tune_mamujoco", "mamujoco"), "tune_mamujoco.csv"),
     "ablation": (ablation_table, "ablation.csv"),
+    **{
+        f"cost_{part}_{kind}": (partial(cost_table, kind, part), f"efficiency_{kind}.json")
+        for kind, part in product(("cpu", "cuda"), ("equal", "default", "published"))
+    },
+    **{
+        f"cost_{kind}": (partial(cost_machine, kind), f"efficiency_{kind}.json")
+        for kind in ("cpu", "cuda")
+    },
     **{f"results_{method}": (partial(results_line, method), "mpe.csv") for method in METHODS},
 }
 
@@ -415,6 +519,61 @@ def average_bars() -> None:
     plt.close(figure)
 
 
+def cost_bars(kind: str) -> None:
+    """Draw training time and memory of all methods, OM2P's being 1, with equal networks."""
+    rows = cost_rows(kind, "equal")
+    names = [method for method in reversed(rows) if method != "om2p-loop"]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
+    columns = {"updates_per_second": "time of an update", "memory_mb": "memory of training"}
+    for panel, (key, title) in zip(panels, columns.items(), strict=True):
+        values = [times(rows[method], rows["om2p"], key) for method in names]
+        colors = ["#D55E00" if method == "om2p" else "#8FA8BF" for method in names]
+        bars = panel.barh(range(len(names)), values, 0.7, color=colors)
+        panel.bar_label(bars, [shown(value) for value in values], padding=4)
+        panel.set_xscale("log")
+        panel.set_xlim(min(values) / 1.5, 2.5 * max(values))
+        panel.set_xlabel(f"{title}, OM2P = 1")
+        panel.axvline(1, color="0.2", ls=":")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), [cost_name(name).replace("`", "") for name in names])
+    figure.savefig(FIGURES / f"cost_{kind}.png", dpi=140)
+    plt.close(figure)
+
+
+def cost_growth(kind: str) -> None:
+    """Draw an update's time against agents, batch, width and steps of the policy."""
+    rows = read(f"efficiency_{kind}.csv")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True, layout="constrained")
+    columns = {"agents": "agents", "batch": "batch", "width": "hidden_dims"}
+    for panel, (part, column) in zip(axes, columns.items(), strict=False):
+        for (method,), points in group([r for r in rows if r["part"] == part], "method").items():
+            color = METHODS[method.partition("-")[0]][1]
+            xs = [int(row[column].partition("x")[0]) for row in points]
+            ms = [1_000 / value for value in numbers(points, "updates_per_second")]
+            style = {"color": color, "ls": "--" if method.endswith("-20") else "-", "marker": "."}
+            panel.plot(xs, ms, label=cost_name(method), **style)
+        panel.set_xlabel({"width": "width of the two layers"}.get(part, part))
+    for method in ("flow_ql", "diffusion_ql"):
+        points = [r for r in rows if r["part"] == "default" and r["method"].startswith(method)]
+        steps = [int(row["method"].partition("-")[2]) for row in points]
+        ms = [1_000 / value for value in numbers(points, "updates_per_second")]
+        axes[3].plot(steps, ms, color=METHODS[method][1], marker=".")
+    om2p = cost_rows(kind, "default")["om2p"]
+    axes[3].axhline(1_000 / float(om2p["updates_per_second"]), color=METHODS["om2p"][1])
+    axes[3].set_xlabel("steps of the policy")
+    axes[0].set_ylabel("ms an update")
+    for panel in axes:
+        panel.set(xscale="log", yscale="log")
+        ticks = sorted({int(x) for line in panel.get_lines() for x in line.get_xdata() if x > 1})
+        panel.set_xticks(ticks, ticks)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(FIGURES / f"growth_{kind}.png", dpi=140)
+    plt.close(figure)
+
+
 def main() -> None:
     """Rewrite the README's tables, line counts and figures, and name what has no results."""
     mpl.use("Agg")
@@ -435,6 +594,11 @@ def main() -> None:
         average_bars()
     else:
         missing.append("the figures (no mpe.csv or mpe_curves.csv)")
+    for kind in ("cpu", "cuda"):
+        if (RESULTS / f"efficiency_{kind}.json").exists():
+            FIGURES.mkdir(exist_ok=True)
+            cost_bars(kind)
+            cost_growth(kind)
     if missing:
         print(f"left as they are: {', '.join(missing)}")
 

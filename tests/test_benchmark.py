@@ -7,6 +7,7 @@ stopped. Everything else happens without a training, but for the test of Ray, wh
 import csv
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -215,9 +216,8 @@ def test_stopped_cell_goes_on(tiny):
     folder = run.command(tiny.cells[2], tiny.args)[1]
     with (folder / "metrics.csv").open() as file:
         first, _ = csv.DictReader(file)
-    assert {key: float(value) for key, value in first.items()} == tiny.before["progress"][
-        "history"
-    ][0]
+    ((before, *_),) = tiny.before["progress"]["histories"]
+    assert {key: float(value) for key, value in first.items()} == before
 
 
 def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
@@ -507,7 +507,8 @@ def test_readme_and_figures(results, capsys):
     text = report.README.read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    assert text.count("\nold\n") == 6  # prey, chaos, tune, ablation, and both of mamujoco
+    # prey, chaos, tune, ablation, both of mamujoco, and costs: four tables, CPU and GPU
+    assert text.count("\nold\n") == 6 + 8
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
@@ -517,6 +518,39 @@ def test_readme_and_figures(results, capsys):
         assert int.from_bytes(picture[16:20], "big") >= 900  # pixels wide
     report.README.write_text(text.replace("<!-- table returns -->", ""))
     assert "returns" in refusal(report.main)
+
+
+def test_costs(results):
+    """Ratios are OM2P's seconds and bytes against the others'; NaN is a dash; figures are drawn."""
+    keys = ("part", "method", "agents", "batch", "hidden_dims", "updates_per_second", "memory_mb")
+    lines = [("equal", "om2p", 3, 256, "512", 50.0, 20.0)]
+    lines += [("equal", "om2p-loop", 3, 256, "512", 25.0, math.nan)]
+    lines += [("equal", "diffusion_ql-20", 3, 256, "512", 8.0, 70.0)]
+    lines += [("default", "om2p", 3, 128, "128", 200.0, 4.0)]
+    lines += [("default", f"flow_ql-{k}", 3, 128, "128", 500.0 / k, 4.0 * k) for k in (5, 10)]
+    lines += [("batch", "om2p", 3, b, "128", 1e4 / b, b / 8) for b in (256, 1024)]
+    lines += [("batch", "diffusion_ql-20", 3, b, "128", 1e3 / b, b) for b in (256, 1024)]
+    same = {"low": 7.0, "high": 9.0, "gflop": 1234.5, "share_of_product": 0.456}
+    same |= {"decision_ms": 0.01234, "decision_1000_ms": 12.34}
+    rows = [dict(zip(keys, line, strict=True)) | same for line in lines]
+    run.write_table(report.RESULTS / "efficiency_cpu.csv", rows)
+    machine = {"processor": "P", "cores": 2, "threads": 2, "compile": False, "torch": "2"}
+    (report.RESULTS / "efficiency_cpu.json").write_text(json.dumps(machine))
+    tables = report.tables()
+    lines = tables["cost_equal_cpu"].splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines[::2]] == ["| OM2P", "| Diffusion-QL, 20 steps"]
+    assert lines[1] == (
+        "| OM2P, agent by agent, nn.Linear | 25.0 (7.00 to 9.00) | 2.00 | - | - | 1,234 | 0.46 | "
+        "0.0123 | 12.3 |"
+    )
+    assert lines[2].split(" | ")[2:5] == ["6.25", "70.0", "3.50"]
+    assert "time 6.2 to 10.0 times, the most with 3 agents, batches of 256" in tables["cost_cpu"]
+    assert "memory 3.5 to 8.0 times, the most with 3 agents, batches of 256" in tables["cost_cpu"]
+    report.FIGURES.mkdir()
+    report.cost_bars("cpu")
+    report.cost_growth("cpu")
+    for name in ("cost_cpu", "growth_cpu"):
+        assert (report.FIGURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_results(results, capsys):
