@@ -644,41 +644,67 @@ def adam(net: nn.Module, learning_rate: float, device="cpu") -> torch.optim.Adam
     return torch.optim.Adam(net.parameters(), step_size, fused=True, capturable=True)
 
 
-def compiled(update: Callable, device: str) -> Callable:
+def compiled(update: Callable, states: dict, device: str) -> Callable:
     """The update by torch.compile; on a GPU also captured as one CUDA graph, which is replayed.
 
-    Random numbers are those of the plain update, and so are the losses, but for rounding. If
-    compiling or capturing fails, it says so and runs the plain update instead.
+    Random numbers are those of the plain update, and so are the losses, but for rounding. If one
+    of the first calls fails, in which all compiling and capturing happens, `states`, what the
+    update changes, are put back as they were before it, and the plain update runs from then on.
     """
     fast = torch.compile(update, options={"fallback_random": True})
-    stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
+    on_gpu = device.startswith("cuda")
+    stream = torch.cuda.Stream(device) if on_gpu else None
     graph, losses, calls = None, {}, 0
 
-    def step() -> dict[str, torch.Tensor]:
-        nonlocal fast, graph, losses, calls
-        calls += 1
-        try:
-            if fast is update or stream is None:
-                return fast()
-            if graph is None and calls > 3:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-                    losses = fast()
-            if graph is not None:
-                graph.replay()
-                return losses
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):  # the first calls, a capture must find all compiled
+    def attempt() -> dict[str, torch.Tensor]:
+        nonlocal graph, losses
+        if on_gpu and graph is None and calls > 3:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
                 losses = fast()
-            torch.cuda.current_stream(device).wait_stream(stream)
+        if graph is not None:
+            graph.replay()
             return losses
-        except Exception as problem:
-            if fast is update:
-                raise
-            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
-            print(f"warning: going on without --compile, which fails: {reason}", file=sys.stderr)
-            fast = update
+        if not on_gpu:
+            return fast()
+        before = torch.cuda.current_stream(device)
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):  # the stream of the capture, which must find all compiled
+            losses = fast()
+        before.wait_stream(stream)
+        return losses
+
+    def step() -> dict[str, torch.Tensor]:
+        nonlocal fast, graph, calls
+        calls += 1
+        if fast is update:
             return update()
+        if calls > 4:
+            return attempt()
+        saved = deepcopy({name: part.state_dict() for name, part in states.items()})
+        modules = [part for part in states.values() if isinstance(part, nn.Module)]
+        trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+        rng, place = torch.get_rng_state(), torch.cuda.current_stream(device) if on_gpu else None
+        cuda_rng = torch.cuda.get_rng_state(device) if on_gpu else None
+        try:
+            return attempt()
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        print(f"warning: going on without --compile, which fails: {reason}", file=sys.stderr)
+        fast, graph = update, None
+        try:
+            if on_gpu:
+                torch.cuda.set_stream(place)
+                torch.cuda.synchronize(device)
+                torch.cuda.set_rng_state(cuda_rng, device)
+            torch.set_rng_state(rng)
+            for name, part in states.items():
+                part.load_state_dict(saved[name])
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            return update()
+        except Exception as problem:  # a failed capture may leave a GPU unusable to its process
+            stop("--compile has failed here: run with --no-compile", problem)
 
     return step
 
@@ -881,7 +907,7 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
                 step, seconds, histories, returns, sums, count = state["progress"].values()
                 returns = returns.cpu()
                 torch.set_rng_state(state["rng"].cpu())
-                if args.device.startswith("cuda"):
+                if args.device.startswith("cuda") and "cuda_rng" in state:
                     torch.cuda.set_rng_state(state["cuda_rng"].cpu(), args.device)
             except Exception as problem:
                 stop(f"{run_dirs[0]} cannot be resumed", problem)
@@ -901,19 +927,20 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
         writers, bar = [], None
         try:
             for seed, run_dir in zip(seeds, run_dirs, strict=True):
-                finished = (run_dir / "policy.pt").exists()
-                if run_dir.exists() and (not args.resume or (finished and step == 0)):
+                is_other = step == 0 or (seed > args.seed and step < args.num_updates)
+                is_other &= (run_dir / "policy.pt").exists()  # a finished run, and not of these
+                if run_dir.exists() and (not args.resume or is_other):
                     old = folder / "old" / f"{run_dir.name}-{time.time_ns()}"
                     old.parent.mkdir(exist_ok=True)
                     run_dir.rename(old)
                     print(f"the previous run in {run_dir} is now {old}")
                 run_dir.mkdir(exist_ok=True)
-                text = json.dumps(asdict(args) | {"seed": seed}, indent=2, default=str)
-                (run_dir / "args.json").write_text(text)
+                record = asdict(args) | {"seed": seed, "first_seed": args.seed}
+                (run_dir / "args.json").write_text(json.dumps(record, indent=2, default=str))
                 shutil.copy(script, run_dir)
                 writers.append(SummaryWriter(run_dir, purge_step=step + 1))
             bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
-            update = compiled(update, args.device) if args.compile else update
+            update = compiled(update, states, args.device) if args.compile else update
             start = time.time() - seconds
             while step < args.num_updates:
                 step += 1
@@ -958,11 +985,10 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
                 if signals:
                     raise SystemExit(f"stopped at update {step}; --resume goes on from there")
             for k, run_dir in enumerate(run_dirs):
-                # Every tensor of the policy has the agents of all seeds along its first dimension
-                weights = {
-                    key: value.chunk(args.num_seeds)[k].clone()
-                    for key, value in policy.state_dict().items()
-                }
+                weights = policy.state_dict()
+                if args.num_seeds > 1:  # along the first dimension, as the agents of one team
+                    parts = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
+                    weights = {key: part[k].clone() for key, part in parts.items()}
                 write(run_dir / "policy.pt", torch.save, weights)
                 write(run_dir / "final_returns.npy", save_array, returns[k].numpy())
         except OSError as problem:

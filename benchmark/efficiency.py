@@ -8,15 +8,18 @@ to `compiled` is measured. Every method has a process of its own, one after the 
 Sizes are those of simple_spread: 3 agents, 18 observed numbers, 2-dimensional actions.
 
 equal       four hidden layers of 512 and batches of 256 for all (DOM2: as many weights)
-default     the scripts' own, two layers of 128 and batches of 128 (DOM2: as many weights)
-published   every method's own size, from its paper or code; batches of 256
+default     the scripts' own, two layers of 128 and batches of 128
+published   sizes from papers and code, where they tell them; see PUBLISHED
 agents, batch, width    one of them varied, the others at 3, 256 and two layers of 128
 
 Writes benchmark/results/efficiency_<cpu or cuda>.csv, a row for every point, and .json with the
-machine. `benchmark/report.py` makes the README's tables and figures of them.
+machine; points that are there from the same machine and settings are kept or replaced.
+`benchmark/report.py` makes the README's tables and figures of them. Memory is that of the plain
+update, with or without --compile.
 """
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +44,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from run import processor, write_table  # noqa: E402
+from run import processor, read_table, write_table  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 18, 2
 METHODS = {  # name -> script and settings
@@ -57,16 +60,17 @@ METHODS = {  # name -> script and settings
     **{f"diffusion_ql-{k}": ("diffusion_ql", {"diffusion_steps": k}) for k in (5, 10, 20, 50)},
     "dom2-5": ("dom2", {"solver_steps": 5}),
 }
-PUBLISHED = {  # hidden layers of networks and critics; DOM2's policy has its own
-    "om2p": (512,) * 4,
-    "om2p-jacobian": (512,) * 4,
-    "fql-10": (512,) * 4,
-    "flow_ql-10": (512,) * 4,
-    "diffusion_ql-5": (256,) * 3,
-    "dom2-5": (256,) * 2,
-    "td3_bc": (256,) * 2,
-    "omar": (256,) * 2,
+PUBLISHED = {  # hidden layers, batch
+    "om2p": ((512,) * 4, 256),  # the authors' release
+    "om2p-jacobian": ((512,) * 4, 256),
+    "fql-10": ((512,) * 4, 256),  # Park et al. (2025)
+    "flow_ql-10": ((512,) * 4, 256),  # as FQL, which it is compared with there
+    "diffusion_ql-5": ((256,) * 3, 256),  # Wang et al. (2023)
+    "dom2-5": ((256,) * 2, 256),  # its critics, our choice; the policy is SfBC's
+    "td3_bc": ((64,) * 2, 1024),  # OMAR's code on the particle environments
+    "omar": ((64,) * 2, 1024),
 }
+SFBC = (512, 256, 128)  # the score network of DOM2's source
 SWEPT = ("om2p", "td3_bc", "fql-10", "flow_ql-10", "diffusion_ql-5", "diffusion_ql-20", "dom2-5")
 SWEEPS = {
     "agents": (2, 4, 8, 16, 32),
@@ -103,8 +107,8 @@ class Point:
     agents: int = 3
     batch: int = 256
     hidden_dims: tuple[int, ...] = (128, 128)
-    score_dims: tuple[int, ...] = field(default=())
-    """DOM2's score network; the one with as many weights as the others' if empty"""
+    score_dims: tuple[int, ...] | None = ()
+    """DOM2's score network; empty: with as many weights as the others'; None: the script's"""
 
 
 def points(args: Args) -> list[Point]:
@@ -112,14 +116,26 @@ def points(args: Args) -> list[Point]:
     found = []
     for method in args.methods:
         found += [Point("equal", method, hidden_dims=(512,) * 4)]
-        found += [Point("default", method, batch=128)]
+        found += [Point("default", method, batch=128, score_dims=None)]
         if method in PUBLISHED:
-            found += [Point("published", method, 3, 256, PUBLISHED[method], (512, 256, 128))]
+            layers, batch = PUBLISHED[method]
+            found += [Point("published", method, 3, batch, layers, SFBC)]
         if method in SWEPT:
             found += [Point("agents", method, agents=number) for number in SWEEPS["agents"]]
             found += [Point("batch", method, batch=number) for number in SWEEPS["batch"]]
             found += [Point("width", method, hidden_dims=(n, n)) for n in SWEEPS["width"]]
     return [point for point in found if point.part in args.parts]
+
+
+def point_row(point: Point) -> dict:
+    """A point's columns in the table."""
+    hidden_dims = "x".join(map(str, point.hidden_dims))
+    return {**asdict(point), "hidden_dims": hidden_dims}
+
+
+def key_of(row: dict) -> tuple[str, ...]:
+    """What tells a row of the table from the others."""
+    return tuple(str(row[key]) for key in ("part", "method", "agents", "batch", "hidden_dims"))
 
 
 # What the scripts do not have
@@ -169,7 +185,7 @@ def equal_score_dims(module, point: Point) -> tuple[int, int]:
         policy = module.ScorePolicy(1, OBS_DIM, ACTION_DIM, (2 * w, w))
         return abs(sum(weight.numel() for weight in policy.parameters()) - wanted)
 
-    w = min(range(8, 1024, 8), key=excess)
+    w = min(range(4, 1024, 2), key=excess)
     return 2 * w, w
 
 
@@ -224,12 +240,12 @@ def cpu_peak(update) -> int:
 
 
 def state_bytes(*owners) -> int:
-    """Bytes of all tensors of modules and optimizers."""
+    """Bytes of all tensors of modules and optimizers; others have none."""
     tensors = []
     for owner in owners:
         if isinstance(owner, torch.optim.Optimizer):
             tensors += [value for state in owner.state.values() for value in state.values()]
-        else:
+        elif isinstance(owner, nn.Module):
             tensors += [*owner.parameters(), *owner.buffers()]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -264,7 +280,8 @@ def measure(point: Point, args: Args) -> dict:
     if point.method == "om2p-jacobian":
         module.mean_flow_loss = jacobian_loss
     if name == "dom2":
-        settings = settings | {"score_dims": point.score_dims or equal_score_dims(module, point)}
+        score_dims = module.Args.score_dims if point.score_dims is None else point.score_dims
+        settings = settings | {"score_dims": score_dims or equal_score_dims(module, point)}
 
     transitions = max(20_000, point.batch)
     shape, generator = (agents, transitions), torch.Generator().manual_seed(0)
@@ -278,22 +295,35 @@ def measure(point: Point, args: Args) -> dict:
     dataset = {key: values.to(args.device) for key, values in dataset.items()}
     data_bytes = sum(values.nbytes for values in dataset.values())
 
-    def measured(update, device: str):
+    def fast_version(function, states: dict):
+        """The function as it is, or compiled; an error if that does not work."""
+        if not args.compile:
+            return function
+        fast, messages = real_compiled(function, states, args.device), io.StringIO()
+
+        def call():
+            with redirect_stderr(messages):
+                result = fast()
+            if "--compile" in messages.getvalue():
+                raise RuntimeError(messages.getvalue())
+            return result
+
+        return call
+
+    def measured(update, states: dict, device: str):
         """In place of `compiled`: the one step of the training is all measurements."""
 
         def step() -> dict[str, torch.Tensor]:
             losses = update()
             with Flops() as counter:
                 update()
-            contents = [cell.cell_contents for cell in update.__closure__]
-            states = [c for c in contents if isinstance(c, nn.Module | torch.optim.Optimizer)]
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
                 update()
                 allocated = torch.cuda.max_memory_allocated(device)
             else:
-                allocated = cpu_peak(update) + state_bytes(*states) + data_bytes
-            fast = real_compiled(update, device) if args.compile else update
+                allocated = cpu_peak(update) + state_bytes(*states.values()) + data_bytes
+            fast = fast_version(update, states)
             seconds = np.array(clock(fast, device, args.seconds)) * repeats
             flops = counter.total * repeats
             rates = np.percentile(1 / seconds, (25, 50, 75))
@@ -320,8 +350,7 @@ def measure(point: Point, args: Args) -> dict:
                 with torch.no_grad():
                     return {"action": policy.act(obs)}
 
-            fast = real_compiled(act, args.device) if args.compile else act
-            seconds = clock(fast, args.device, args.seconds / 3)
+            seconds = clock(fast_version(act, {}), args.device, args.seconds / 3)
             result[key] = 1_000 * np.median(seconds) * repeats
         return np.zeros((1, 1))
 
@@ -335,9 +364,9 @@ def measure(point: Point, args: Args) -> dict:
         run = module.Args(num_updates=1, run_dir=Path(folder), **common, **sizes, **settings)
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             module.train(run)
-    sizes = {**asdict(point), "score_dims": settings.get("score_dims", ())}
-    sizes |= {key: "x".join(map(str, sizes[key])) for key in ("hidden_dims", "score_dims")}
-    return sizes | {key: float(f"{value:.5g}") for key, value in result.items()}
+    score_dims = "x".join(map(str, settings.get("score_dims", ())))
+    measured_values = {key: float(f"{value:.5g}") for key, value in result.items()}
+    return point_row(point) | {"score_dims": score_dims} | measured_values
 
 
 def child(args: Args, method: str) -> None:
@@ -355,7 +384,7 @@ def main(args: Args) -> None:
         if unknown := set(values) - set(known):
             wrong = ", ".join(sorted(unknown))
             raise SystemExit(f"error: --{kind} {wrong}: must be among {', '.join(known)}")
-    rows, kind = [], args.device.split(":")[0]
+    kind = args.device.split(":")[0]
     on_gpu = kind == "cuda"
     machine = {
         "processor": processor(),
@@ -370,8 +399,20 @@ def main(args: Args) -> None:
     settings = ["--device", args.device, "--seconds", str(args.seconds), "--parts", *args.parts]
     settings += [f"--{'' if args.compile else 'no-'}compile"]
     settings += [f"--{'' if args.tf32 else 'no-'}tf32"]
-    path = args.results_dir / f"efficiency_{kind}.json"
-    path.unlink(missing_ok=True)  # it is there when the table is complete
+    machine_path = args.results_dir / f"efficiency_{kind}.json"
+    table_path = machine_path.with_suffix(".csv")
+    rows = {key_of(row): row for row in read_table(table_path)}
+    complete = set(rows) | {key_of(point_row(point)) for point in points(args)}
+    if rows and (not machine_path.exists() or json.loads(machine_path.read_text()) != machine):
+        if len(complete) > len(points(args)):
+            raise SystemExit(
+                f"error: {table_path} is of another machine or other settings: measure all points "
+                f"anew, or choose another --results-dir"
+            )
+        rows = {}
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    machine_path.write_text(json.dumps(machine, indent=2) + "\n")
+    order = [key_of(point_row(point)) for point in points(Args())]
     bar = tqdm(total=len(points(args)), unit="point")
     for method in args.methods:
         words = [sys.executable, __file__, "--methods", method, *settings]
@@ -380,14 +421,14 @@ def main(args: Args) -> None:
         with subprocess.Popen(words, env=environment, **output) as process:
             for line in process.stdout:
                 if line.startswith("{"):  # the profiler has its say, too
-                    rows.append(json.loads(line))
-                    write_table(args.results_dir / f"efficiency_{kind}.csv", rows)
+                    row = json.loads(line)
+                    rows[key_of(row)] = row
+                    write_table(table_path, [rows[key] for key in order if key in rows])
                     bar.update()
-            errors = process.stderr.read().strip().splitlines()
+            errors = ["no message", *process.stderr.read().strip().splitlines()]
         if process.returncode:
             raise SystemExit(f"error: {method} could not be measured: {errors[-1]}")
     bar.close()
-    path.write_text(json.dumps(machine, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -348,7 +348,10 @@ def cost_name(method: str) -> str:
 def cost_rows(kind: str, part: str) -> dict[str, dict]:
     """The rows of one part of benchmark/efficiency.py on cpu or cuda, by method."""
     rows = [row for row in read(f"efficiency_{kind}.csv") if row["part"] == part]
-    return {row["method"]: row for row in rows}
+    rows = {row["method"]: row for row in rows}
+    if "om2p" not in rows:
+        raise SystemExit(f"error: efficiency_{kind}.csv lacks om2p {part}: measure all points")
+    return rows
 
 
 def times(row: dict, reference: dict, key: str) -> float:
@@ -410,13 +413,12 @@ def cost_machine(kind: str) -> str:
     text = []
     for key, what in (("updates_per_second", "time"), ("memory_mb", "memory")):
         ratios = {
-            sizes: times(row, points[part, "om2p", sizes], key)
+            (part, *sizes): times(row, points[part, "om2p", sizes], key)
             for (part, method, sizes), row in points.items()
             if method == "diffusion_ql-20"
         }
-        best = max(ratios, key=ratios.get)
+        _, agents, batch, layers = max(ratios, key=ratios.get)
         low, high = min(ratios.values()), max(ratios.values())
-        agents, batch, layers = best
         text.append(
             f"{what} {low:.1f} to {high:.1f} times, the most with {agents} agents, batches of "
             f"{int(batch):,} and layers of {layers}"

@@ -186,6 +186,7 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
         script = ROOT / "benchmark/variants.py"
     words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
+    words += ["--no-compile"] if args.device == "cpu" else []
     names, values = cell["setting"].split(), cell["value"].split()
     for name, value in zip(names, values, strict=True):
         words += [f"--{name}", value]

@@ -34,10 +34,10 @@ def test_exported_team_acts_as_the_script(name, tmp_path):
     assert export.difference(policy, program, obs) > 1e-4
 
 
-def run(*words):
+def run(*words, cwd):
     """The command line in its own process."""
     command = [sys.executable, str(ROOT / "tools/export.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 def test_a_run(make_data, tmp_path):
@@ -55,7 +55,7 @@ def test_a_run(make_data, tmp_path):
     )
     policy, _ = om2p_mpe.train(args)
     folder, out = tmp_path / "runs/simple_spread-expert/om2p_mpe/seed-0", tmp_path / "new/team.pt2"
-    process = run(folder, "--out", out)
+    process = run(folder, "--out", out, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert str(out) in process.stdout
     obs = torch.randn(3, 5, 18)
@@ -65,7 +65,7 @@ def test_a_run(make_data, tmp_path):
 @pytest.mark.parametrize("words", [("nowhere",), ("nowhere", "--out", "team.onnx")])
 def test_refusals(words, tmp_path):
     """One line, status 1, no file."""
-    process = run(tmp_path / words[0], *words[1:])
+    process = run(*words, cwd=tmp_path)
     assert process.returncode == 1
     assert process.stderr.startswith("error: ")
     assert process.stderr.count("\n") == 1

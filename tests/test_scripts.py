@@ -172,7 +172,8 @@ def test_help_documents_every_setting(script, monkeypatch, capsys):
 def test_outputs(run, script):
     """A run writes its settings, its source, curves, returns, policy and checkpoint, no more."""
     settings = json.loads((run.folder / "args.json").read_text())
-    assert settings.keys() == documented_fields(script.path.read_text()).keys()
+    names = documented_fields(script.path.read_text()).keys()
+    assert settings.keys() == names | {"first_seed"}
     assert (settings["num_updates"], settings["hidden_dims"]) == (6, [16, 16])
     assert (run.folder / script.path.name).read_bytes() == script.path.read_bytes()
     assert {path.name for path in script.path.parent.iterdir()} == {script.path.name, "runs"}
@@ -285,7 +286,8 @@ def test_two_seeds_at_once(script, two_seeds):
     assert returns.shape == (2, 4)
     joint = {key: value.chunk(2) for key, value in policy.state_dict().items()}
     for seed, folder in enumerate(two_seeds.folders):
-        assert json.loads((folder / "args.json").read_text())["seed"] == seed
+        settings = json.loads((folder / "args.json").read_text())
+        assert (settings["seed"], settings["first_seed"], settings["num_seeds"]) == (seed, 0, 2)
         np.testing.assert_array_equal(np.load(folder / "final_returns.npy"), returns[seed])
         assert float(metrics(folder)[-1]["return"]) == pytest.approx(returns[seed].mean())
         assert same(weights(folder), {key: values[seed] for key, values in joint.items()})
@@ -331,6 +333,27 @@ def test_seeds_are_locked_and_kept(script, train, two_seeds):
     train(seed=1, data_dir=two_seeds.data, resume=True)  # it has no checkpoint of its own
     (kept,) = two_seeds.folders[1].parent.glob("old/seed-1-*/policy.pt")
     assert kept.read_bytes() == old
+
+
+def test_other_run_between_stop_and_resume_is_kept(script, train, two_seeds, monkeypatch):
+    """Seed 1 trained alone while both were stopped: its results go aside when both go on."""
+    policy_loss, calls = train.module.policy_loss, []
+
+    def stop_at_the_fourth(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return policy_loss(*args)
+
+    monkeypatch.setattr(train.module, "policy_loss", stop_at_the_fourth)
+    with pytest.raises(SystemExit):
+        two_seeds()
+    train(seed=1, data_dir=two_seeds.data)
+    alone = (two_seeds.folders[1] / "policy.pt").read_bytes()
+    two_seeds(resume=True)
+    kept = [path.read_bytes() for path in two_seeds.folders[0].parent.glob("old/*/policy.pt")]
+    assert kept == [alone]
+    assert [row["step"] for row in metrics(two_seeds.folders[1])] == ["3", "6"]
 
 
 def test_seeds_of_different_lengths_are_refused(script, two_seeds):

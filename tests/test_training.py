@@ -1,6 +1,7 @@
 """What training does: repeatable, undisturbed by evaluation, and right on data with two modes."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def test_two_threads_same_weights(train):
         assert same_weights(first[name], second[name])
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_compiled_run_is_the_plain_one(train):
     """--compile draws the same numbers and takes the same steps, but for rounding."""
     first, second = train(), train(compile=True)
@@ -84,15 +86,33 @@ def test_compiled_run_is_the_plain_one(train):
     assert not same_weights(first["policy"], second["policy"])  # another rounding: it was compiled
 
 
-def test_what_does_not_compile_runs_plainly(train, monkeypatch, capsys):
-    """One line says that --compile fails, and the run is the one without it."""
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("where", ["critic_loss", "policy_loss", "mean_flow_loss"])
+def test_what_does_not_compile_runs_plainly(call, where, train, monkeypatch, capsys):
+    """One line says that --compile fails, in whatever part of an update; the run is the plain one.
 
-    def no_compiler(*_):
+    The compiled update is the plain one here, but for what does not compile.
+    """
+    first, function, calls = train(), getattr(om2p_mpe, where), []
+
+    def compile_but_fail(update, **_):
+        def compiled_update():
+            calls.append(None)
+            monkeypatch.setattr(om2p_mpe, where, fail if len(calls) == call else function)
+            try:
+                return update()
+            finally:
+                monkeypatch.setattr(om2p_mpe, where, function)
+
+        return compiled_update
+
+    def fail(*args):
+        function(*args)
         raise RuntimeError("no compiler found\nand much more")
 
-    first = train()
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    monkeypatch.setattr(torch, "compile", compile_but_fail)
     second = train(compile=True)
+    assert len(calls) == call
     assert all(same_weights(first[name], second[name]) for name in ("policy", "critic"))
     assert "--compile, which fails: RuntimeError: no compiler found\n" in capsys.readouterr().err
 
@@ -100,7 +120,9 @@ def test_what_does_not_compile_runs_plainly(train, monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_run_is_the_plain_one(train, capsys):
     """Replayed as a CUDA graph, the update gives the weights of the plain one, but for rounding."""
-    first, second = (train(device="cuda", compile=compile) for compile in (False, True))
+    first, second = (
+        train(device="cuda", compile=compile, num_updates=12) for compile in (False, True)
+    )
     assert "warning" not in capsys.readouterr().err
     for name in ("policy", "critic", "target_critic"):
         torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio
 import numpy as np
 import pytest
+import torch
 import watch
 from conftest import refusal
 from test_scripts import TINY
@@ -31,6 +32,20 @@ def test_film_of_particles(particle_run, tmp_path, capsys):
     assert frames.shape[:3] == (26, 60, 240)
     assert (frames[0] != frames[-1]).any()
     assert "simple_tag, 25 steps" in capsys.readouterr().out
+
+
+def test_padding_is_masked(make_mujoco_data, tmp_path):
+    """In a team of agents with 3, 1 and 3 actions, what only pads an action is not looked at."""
+    import om2p_mamujoco
+
+    make_mujoco_data(tmp_path / "data", "Pusher-3p")
+    folders = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
+    policy, _ = om2p_mamujoco.train(om2p_mamujoco.Args(task="Pusher-3p", **folders, **TINY))
+    team = watch.load_team(tmp_path / "runs/Pusher-3p-expert/om2p_mamujoco/seed-0", 2, 0)
+    assert team.policy.mask.sum(dim=-1).flatten().tolist() == [3, 1, 3]
+    obs, noise = torch.from_numpy(team.env.reset()), torch.randn(3, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(team.policy.act(obs, noise), policy.act(obs, noise))
 
 
 def test_film_of_a_robot(make_mujoco_data, tmp_path, monkeypatch):

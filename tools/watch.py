@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
 
-import imageio
 import numpy as np
 import torch
 import tyro
@@ -88,6 +87,9 @@ def load_team(run_dir: Path, num_episodes: int, seed: int, data_dir: Path | None
     sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
     policy = policy_class(*sizes, **{name: settings[name] for name in own})
     policy.load_state_dict(weights)
+    for part in policy.modules():  # agents with fewer actions than others are padded
+        if "mask" in dict(part.named_buffers(recurse=False)):
+            part.mask = getattr(env, "action_mask", part.mask)
     return SimpleNamespace(env=env, policy=policy, settings=settings, module=module)
 
 
@@ -149,6 +151,8 @@ def robot_frames(team, size: int):
 @torch.no_grad()
 def main(args: Args) -> None:
     """Play, draw and write."""
+    import imageio  # here, since others use `load_team`
+
     if args.out.suffix not in (".gif", ".mp4"):
         stop(f"--out {args.out} must end in .gif or .mp4")
     for name in ("steps", "every", "size"):
