@@ -526,7 +526,7 @@ def test_costs(results):
     lines = [("equal", "om2p", 3, 256, "512", 50.0, 20.0)]
     lines += [("equal", "om2p-loop", 3, 256, "512", 25.0, math.nan)]
     lines += [("equal", "diffusion_ql-20", 3, 256, "512", 8.0, 70.0)]
-    lines += [("default", "om2p", 3, 128, "128", 200.0, 4.0)]
+    lines += [(part, "om2p", 3, 128, "128", 200.0, 4.0) for part in ("default", "published")]
     lines += [("default", f"flow_ql-{k}", 3, 128, "128", 500.0 / k, 4.0 * k) for k in (5, 10)]
     lines += [("batch", "om2p", 3, b, "128", 1e4 / b, b / 8) for b in (256, 1024)]
     lines += [("batch", "diffusion_ql-20", 3, b, "128", 1e3 / b, b) for b in (256, 1024)]
