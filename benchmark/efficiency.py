@@ -182,7 +182,8 @@ def equal_score_dims(module, point: Point) -> tuple[int, int]:
     wanted = sum(weight.numel() for weight in net.parameters())
 
     def excess(w: int) -> int:
-        policy = module.ScorePolicy(1, OBS_DIM, ACTION_DIM, (2 * w, w))
+        with torch.device("meta"):  # sizes without numbers
+            policy = module.ScorePolicy(1, OBS_DIM, ACTION_DIM, (2 * w, w))
         return abs(sum(weight.numel() for weight in policy.parameters()) - wanted)
 
     w = min(range(4, 1024, 2), key=excess)
