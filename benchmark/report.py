@@ -136,14 +136,13 @@ def markdown(header: tuple, rows: list) -> str:
 
 
 def machine_line(grid: str) -> str:
-    """What a grid ran on, and how long a run took."""
+    """What a grid ran on; what a run costs is measured by benchmark/efficiency.py, side by side."""
     machine = json.loads((RESULTS / f"{grid}.json").read_text())
-    minutes = np.median(numbers(read(f"{grid}.csv"), "seconds")) / 60
     place = "" if machine["device"] == "cpu" else f", {machine['device']}"
     workers = f"{machine['workers']} runs at a time" if machine["workers"] else "runs spread by Ray"
     return (
         f"{machine['processor']}, {machine['cores']} cores{place}, {workers} with one thread each, "
-        f"torch {machine['torch']}; median {minutes:.1f} minutes a run."
+        f"torch {machine['torch']}."
     )
 
 
@@ -239,17 +238,16 @@ def results_line(method: str) -> str:
 
 
 def details_table() -> str:
-    """What a method's runs end with, reach in between, and take."""
+    """What a method's runs end with, and reach in between."""
     cells, _, names = suite_cells("mpe")
     rows = []
     for method, name in names.items():
         runs = [row for dataset in DATASETS["mpe"] for row in cells[method, *dataset]]
         scores = (estimate(averages(cells, method, "mpe", k)) for k in ("score", "best_score"))
         updates = ", ".join(f"{count:,}" for count in sorted({int(r["updates"]) for r in runs}))
-        seconds = np.median(numbers(runs, "seconds"))
-        rows.append((name, *scores, f"{seconds:.0f}", updates, len(runs)))
-    header = ("method", "final score", "best score during training", "median seconds")
-    return markdown((*header, "updates", "runs"), rows)
+        rows.append((name, *scores, updates, len(runs)))
+    header = ("method", "final score", "best score during training", "updates", "runs")
+    return markdown(header, rows)
 
 
 def returns_table() -> str:

@@ -426,7 +426,7 @@ def test_incomplete_grid(results):
     assert cells(tables["mpe"])["simple_tag", "random"] == ["20.0", "**52.0**", "-"]
     assert cells(tables["mpe"])["average", ""] == ["20.0", "**52.0**", "-"]
     assert "OM2P 1 to 2, BC 0 to 1;" in tables["mpe"]
-    assert cells(tables["mpe_details"])["BC", "-"] == ["-", "30", "4,000", "11"]
+    assert cells(tables["mpe_details"])["BC", "-"] == ["-", "4,000", "11"]
     results("mpe", rows)
     tables = report.tables()
     assert cells(tables["mpe"])["simple_tag", "random"] == ["-", "-", "-"]
@@ -435,13 +435,13 @@ def test_incomplete_grid(results):
 
 
 def test_other_tables_of_the_grid_mpe(results):
-    """Returns, times, and every dataset once."""
+    """Returns, final and best scores, and every dataset once."""
     results("mpe", mpe_rows())
     tables = report.tables()
     assert cells(tables["returns"])["simple_world", "expert"] == ["40.0", "**102.0**", "**102.0**"]
     details = cells(tables["mpe_details"])
-    assert details["OM2P", "51.0 ± 1.0"] == ["52.0 ± 1.0", "30", "4,000", "24"]
-    assert details["BC", "51.0"] == ["52.0", "30", "4,000", "12"]
+    assert details["OM2P", "51.0 ± 1.0"] == ["52.0 ± 1.0", "4,000", "24"]
+    assert details["BC", "51.0"] == ["52.0", "4,000", "12"]
     assert cells(tables["data"])["simple_tag", "medium"] == ["40.0 ± 5.0", "88.7"]
 
 

@@ -87,17 +87,9 @@ def test_compiled_run_is_the_plain_one(train, tmp_path):
     """
     first, words = train(), ["--compile", "--num-updates", "6", "--eval-interval", "3"]
     words += ["--eval-episodes", "4", "--batch-size", "32", "--hidden-dims", "16", "16"]
-    words += [
-        "--device",
-        "cpu",
-        "--data-dir",
-        tmp_path / "data",
-        "--run-dir",
-        tmp_path / "compiled",
-    ]
-    process = subprocess.run(
-        [sys.executable, om2p_mpe.__file__, *words], capture_output=True, text=True
-    )
+    words += ["--data-dir", tmp_path / "data", "--run-dir", tmp_path / "compiled"]
+    command = [sys.executable, om2p_mpe.__file__, "--device", "cpu", *words]
+    process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "going on without" not in process.stderr
     second = load_checkpoint(tmp_path / "compiled")["states"]
