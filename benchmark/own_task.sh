@@ -16,4 +16,4 @@ run() { # print a command, then its output without progress bars
         run python data/collect_mamujoco.py --task "$task" --quality "$quality" --seed 0
         run python om2p_mamujoco.py --task "$task" --quality "$quality" --seed 0
     done
-} | tee benchmark/results/own_task.txt
+} | sed -u "s|$PWD/||" | tee benchmark/results/own_task.txt
