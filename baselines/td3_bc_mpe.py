@@ -65,7 +65,7 @@ class Args:
     num_seeds: int = 1
     """train so many seeds at once, from --seed up, each on its own data; meant for GPUs"""
     compile: bool = torch.cuda.is_available()
-    """compile the update, and on a GPU replay it as a CUDA graph; takes a minute to start"""
+    """compile the update, and on a GPU replay it as a CUDA graph; takes a while to start"""
     tf32: bool = False
     """multiply matrices in TF32 where the GPU can: faster, with three decimal digits"""
 

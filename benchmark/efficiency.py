@@ -12,10 +12,10 @@ default     the scripts' own, two layers of 128 and batches of 128
 published   sizes from papers and code, where they tell them; see PUBLISHED
 agents, batch, width    one of them varied, the others at 3, 256 and two layers of 128
 
-Writes benchmark/results/efficiency_<cpu or cuda>.csv, a row for every point, and .json with the
-machine; points that are there from the same machine and settings are kept or replaced.
-`benchmark/report.py` makes the README's tables and figures of them. Memory is that of the plain
-update, with or without --compile.
+Writes benchmark/results/efficiency_<cpu or cuda>.csv, with --compile efficiency_<...>_compiled.csv,
+a row for every point, and .json with the machine; points that are there from the same machine and
+settings are kept or replaced. `benchmark/report.py` makes the README's tables and figures of them.
+Memory is that of the plain update, with or without --compile.
 """
 
 import importlib.util
@@ -194,9 +194,9 @@ def equal_score_dims(module, point: Point) -> tuple[int, int]:
 
 
 def clock(function, device: str, seconds: float) -> list[float]:
-    """Seconds a call takes, in each of three or more groups of calls, after two to warm up.
+    """Seconds a call takes, in each of three or more groups of calls, after some to warm up.
 
-    A group lasts a tenth of `seconds` or one call.
+    A group lasts a tenth of `seconds` or one call. Warm are two calls, and six on a GPU.
     """
 
     def timed(calls: int) -> float:
@@ -264,7 +264,7 @@ def load_script(name: str):
     """A method's script as a module of its own, which may be changed."""
     folder = ROOT if name == "om2p" else ROOT / "baselines"
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}_mpe.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # compiling looks it up
     spec.loader.exec_module(module)
     return module
 
@@ -400,6 +400,7 @@ def main(args: Args) -> None:
     settings = ["--device", args.device, "--seconds", str(args.seconds), "--parts", *args.parts]
     settings += [f"--{'' if args.compile else 'no-'}compile"]
     settings += [f"--{'' if args.tf32 else 'no-'}tf32"]
+    kind += "_compiled" if args.compile else ""
     machine_path = args.results_dir / f"efficiency_{kind}.json"
     table_path = machine_path.with_suffix(".csv")
     rows = {key_of(row): row for row in read_table(table_path)}

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # A robot without public data, from nothing: behaviour, dataset, OM2P. Writes benchmark/results/own_task.txt.
-# Half an hour on one core; the behaviour alone a quarter of one. TASK=Ant-2x4 chooses another one.
+# Some twenty minutes on one core, most of them for the behaviour. TASK=Ant-2x4 chooses another one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 task=${TASK:-Hopper-3x1}
 
-run() { # print a command, then its output without progress bars
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+
+run() { # print a command, then its output without progress bars; if it fails, why
     echo "\$ $*"
-    "$@" 2>/dev/null
+    "$@" 2>"$errors" || { tail -n 1 "$errors" >&2; exit 1; }
 }
 
 {

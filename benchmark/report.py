@@ -344,7 +344,7 @@ def cost_name(method: str) -> str:
 
 
 def cost_rows(kind: str, part: str) -> dict[str, dict]:
-    """The rows of one part of benchmark/efficiency.py on cpu or cuda, by method."""
+    """The rows of one part of a result of benchmark/efficiency.py, by method."""
     rows = [row for row in read(f"efficiency_{kind}.csv") if row["part"] == part]
     rows = {row["method"]: row for row in rows}
     if "om2p" not in rows:
@@ -421,7 +421,7 @@ def cost_machine(kind: str) -> str:
             f"{what} {low:.1f} to {high:.1f} times, the most with {agents} agents, batches of "
             f"{int(batch):,} and layers of {layers}"
         )
-    threads = f"{machine['threads']} threads" if kind == "cpu" else machine["device"]
+    threads = f"{machine['threads']} threads" if machine["device"] == "cpu" else machine["device"]
     compiled = "compiled" if machine["compile"] else "not compiled"
     return (
         f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {machine['torch']}, "
@@ -429,6 +429,11 @@ def cost_machine(kind: str) -> str:
     )
 
 
+COSTS = {  # results of benchmark/efficiency.py -> their parts that are tabulated
+    "cpu": ("equal", "default", "published"),
+    "cpu_compiled": ("default",),
+    "cuda_compiled": ("equal", "default", "published"),
+}
 TABLES = {  # name -> function and the file that it needs
     "data": (data_table, "mpe.csv"),
     "prey": (prey_table, "prey_simple_tag.csv"),
@@ -443,12 +448,10 @@ TABLES = {  # name -> function and the file that it needs
     "ablation": (ablation_table, "ablation.csv"),
     **{
         f"cost_{part}_{kind}": (partial(cost_table, kind, part), f"efficiency_{kind}.json")
-        for kind, part in product(("cpu", "cuda"), ("equal", "default", "published"))
+        for kind, parts in COSTS.items()
+        for part in parts
     },
-    **{
-        f"cost_{kind}": (partial(cost_machine, kind), f"efficiency_{kind}.json")
-        for kind in ("cpu", "cuda")
-    },
+    **{f"cost_{kind}": (partial(cost_machine, kind), f"efficiency_{kind}.json") for kind in COSTS},
     **{f"results_{method}": (partial(results_line, method), "mpe.csv") for method in METHODS},
 }
 
@@ -594,8 +597,8 @@ def main() -> None:
         average_bars()
     else:
         missing.append("the figures (no mpe.csv or mpe_curves.csv)")
-    for kind in ("cpu", "cuda"):
-        if (RESULTS / f"efficiency_{kind}.json").exists():
+    for kind, parts in COSTS.items():
+        if "equal" in parts and (RESULTS / f"efficiency_{kind}.json").exists():
             FIGURES.mkdir(exist_ok=True)
             cost_bars(kind)
             cost_growth(kind)

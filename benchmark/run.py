@@ -7,10 +7,12 @@
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
 
-A cell is one run of one script. A finished cell, one with a row in the results, is never run again,
-and a stopped one goes on from its checkpoint: the same command continues a grid. Results go to
+A cell is one seed of one script. A finished one, with a row in the results, is never run again, and
+a stopped one goes on from its checkpoint: the same command continues a grid. Results go to
 benchmark/results/: <grid>.csv with a row per finished cell, <grid>_curves.csv with its evaluations,
 and <grid>.json with the machine. `benchmark/report.py` makes the README's tables and figures.
+
+`--num-seeds 5` trains up to five cells that differ in the seed alone in one process: for GPUs.
 
 `--ray ADDRESS` hands the cells to a Ray cluster instead (`pip install -r requirements-ray.txt`;
 `--ray local` starts one here, `--ray auto` finds the one that `ray start` has). Its machines must
@@ -70,11 +72,11 @@ TUNING = {  # values of what matters most in each method, and step sizes
 }
 TUNING_MAMUJOCO = {
     "om2p": ("q-weight", ("0.5", "2", "8")),
-    "td3_bc": ("q-weight", ("1", "4", "16")),
-    "omar": ("cql-alpha", ("0.1", "1")),
-    "diffusion_ql": ("q-weight", ("0.5", "2", "8")),
-    "flow_ql": ("q-weight", ("1", "4", "16")),
-    "fql": ("q-weight", ("1", "4", "16")),
+    "td3_bc": ("q-weight", ("0.25", "1", "4", "16")),
+    "omar": ("cql-alpha", ("0.1", "1", "5")),
+    "diffusion_ql": ("q-weight", ("0.12", "0.5", "2", "8")),
+    "flow_ql": ("q-weight", ("0.25", "1", "4", "16")),
+    "fql": ("q-weight", ("0.25", "1", "4", "16")),
     "dom2": ("q-weight", ("0.5", "2", "8")),
 }
 ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
@@ -166,6 +168,8 @@ class Args:
     """where the tables go, and where finished cells are looked up"""
     device: str = "cpu"
     """of the trainings: cpu, cuda"""
+    num_seeds: int = 1
+    """seeds that one process trains, where as many that follow one another are missing"""
     num_updates: int | None = None
     """gradient steps of every cell, in place of the grid's"""
     ray: str | None = None
@@ -178,14 +182,29 @@ class Args:
     """print the commands and stop"""
 
 
-def command(cell: dict, args: Args) -> tuple[list[str], Path]:
-    """The cell's command line, and its run directory."""
+def in_one_process(cells: list[dict], num_seeds: int) -> list[list[dict]]:
+    """The cells in groups: up to `num_seeds` seeds of the same, that follow one another."""
+    groups, newest = [], {}
+    for cell in cells:
+        key = name({**cell, "seed": "any"})
+        group = newest.get(key, [])
+        if not group or len(group) == num_seeds or cell["seed"] != group[-1]["seed"] + 1:
+            group = newest[key] = []
+            groups.append(group)
+        group.append(cell)
+    return groups
+
+
+def command(cells: list[dict], args: Args) -> tuple[list[str], list[Path]]:
+    """What trains cells that differ in the seed alone, and their run directories."""
+    cell = cells[0]
     folder = ROOT if cell["method"] == "om2p" else ROOT / "baselines"
     script = folder / f"{cell['method']}_{suite(cell['task'])}.py"
     if cell["setting"] == "variant":
         script = ROOT / "benchmark/variants.py"
     words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
+    words += ["--num-seeds", str(len(cells))] if len(cells) > 1 else []
     words += ["--no-compile"] if args.device == "cpu" else []
     names, values = cell["setting"].split(), cell["value"].split()
     for name, value in zip(names, values, strict=True):
@@ -195,7 +214,7 @@ def command(cell: dict, args: Args) -> tuple[list[str], Path]:
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]
     words += ["--eval-episodes", EVAL_EPISODES[suite(cell["task"])]]
     run_dir = run_dir / f"{cell['task']}-{cell['quality']}" / script.stem
-    return words, run_dir / f"seed-{cell['seed']}"
+    return words, [run_dir / f"seed-{cell['seed']}" for cell in cells]
 
 
 def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarray:
@@ -212,13 +231,14 @@ def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarr
     return np.concatenate(returns)
 
 
-def run(cell: dict, args: Args) -> tuple[dict, list[dict]]:
-    """Train a cell, unless it has been, and return its row and its learning curve.
+def run(cells: list[dict], args: Args) -> list[tuple[dict, list[dict]]]:
+    """Train cells in one process, unless it has been done; each one's row and learning curve.
 
     Raises RuntimeError with the last line of the training's log if it fails.
     """
-    words, folder = command(cell, args)
-    if not (folder / "final_returns.npy").exists():
+    words, folders = command(cells, args)
+    if not all((folder / "final_returns.npy").exists() for folder in folders):
+        folder = folders[0]
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
         with (folder / "log.txt").open("a+") as log:
@@ -230,6 +250,11 @@ def run(cell: dict, args: Args) -> tuple[dict, list[dict]]:
             if status:
                 last = ["an empty log", *log.read().splitlines()][-1]
                 raise RuntimeError(f"exit status {status}, {last}")
+    return [result(cell, folder, args) for cell, folder in zip(cells, folders, strict=True)]
+
+
+def result(cell: dict, folder: Path, args: Args) -> tuple[dict, list[dict]]:
+    """The row and the learning curve of a cell that has been trained."""
     with (folder / "metrics.csv").open() as file:
         history = list(csv.DictReader(file))
     task = cell["task"]
@@ -275,8 +300,8 @@ def name(row: dict) -> tuple:
     return tuple(str(row[key]) for key in keys)
 
 
-def join_ray(args: Args) -> Callable[[dict], Future]:
-    """Join a Ray cluster; a function that hands it a cell and returns the future of `run`."""
+def join_ray(args: Args) -> Callable[[list[dict]], Future]:
+    """Join a Ray cluster; a function that hands it cells and returns the future of `run`."""
     try:
         import ray
 
@@ -288,7 +313,7 @@ def join_ray(args: Args) -> Callable[[dict], Future]:
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         raise SystemExit(f"error: --ray {args.ray} cannot be joined: {reason}") from None
     remote = ray.remote(num_cpus=args.ray_cpus, num_gpus=args.ray_gpus)(run)
-    return lambda cell: remote.remote(cell, args).future()
+    return lambda cells: remote.remote(cells, args).future()
 
 
 def processor() -> str:
@@ -303,10 +328,13 @@ def main(args: Args) -> None:
     """Run what is not finished, and write the tables after every cell."""
     if args.grid not in GRIDS:
         raise SystemExit(f"error: --grid is {args.grid}; it must be one of {', '.join(GRIDS)}")
+    if args.num_seeds < 1:
+        raise SystemExit(f"error: --num-seeds is {args.num_seeds}; it must be 1 or more")
     args.run_dir, args.data_dir = args.run_dir.resolve(), args.data_dir.resolve()
     cells = GRIDS[args.grid]()
     if args.dry_run:
-        print("\n".join(shlex.join(command(cell, args)[0]) for cell in cells))
+        groups = in_one_process(cells, args.num_seeds)
+        print("\n".join(shlex.join(command(group, args)[0]) for group in groups))
         return
     paths = args.results_dir / f"{args.grid}.csv", args.results_dir / f"{args.grid}_curves.csv"
     rows = {name(row): row for row in read_table(paths[0])}
@@ -319,7 +347,7 @@ def main(args: Args) -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     pool = ThreadPoolExecutor(args.workers)
-    submit = join_ray(args) if args.ray else lambda cell: pool.submit(run, cell, args)
+    submit = join_ray(args) if args.ray else lambda cells: pool.submit(run, cells, args)
     for task, quality, seed in sorted({(c["task"], c["quality"], c["seed"]) for c in missing}):
         if not (args.data_dir / task / quality / f"seed_{seed}_data").is_dir():
             script = ROOT / "data" / f"collect_{suite(task)}.py"
@@ -340,20 +368,22 @@ def main(args: Args) -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     (args.results_dir / f"{args.grid}.json").write_text(json.dumps(machine, indent=2) + "\n")
 
-    jobs, failed = {submit(cell): cell for cell in missing}, []
+    jobs = {submit(group): group for group in in_one_process(missing, args.num_seeds)}
+    failed = []
     order = [name(cell) for cell in cells]
     bar = tqdm(total=len(cells), initial=len(cells) - len(missing), unit="run")
     try:
         for job in as_completed(jobs):
-            bar.update()
+            bar.update(len(jobs[job]))
             try:
-                row, curve = job.result()
+                results = job.result()
             except Exception as problem:
                 reason = str(getattr(problem, "cause", problem))  # Ray wraps the training's
                 words = shlex.join(command(jobs[job], args)[0])
                 failed.append(f"{words}: {reason}".splitlines()[0])
                 continue
-            rows[name(row)], curves[name(row)] = row, curve
+            for row, curve in results:
+                rows[name(row)], curves[name(row)] = row, curve
             # The row last: it is what makes a cell finished
             write_table(paths[1], [p for key in order if key in rows for p in curves[key]])
             write_table(paths[0], [rows[key] for key in order if key in rows])

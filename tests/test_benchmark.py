@@ -41,6 +41,12 @@ def load(path):
     return module
 
 
+def command(cell, args):
+    """The command of one cell alone, and its run directory."""
+    words, (folder,) = run.command([cell], args)
+    return words, folder
+
+
 # Grids
 
 
@@ -60,7 +66,7 @@ def test_commands():
     scripts, folders = {}, []
     for grid, cells in run.GRIDS.items():
         for cell in cells():
-            (_, script, *line), folder = run.command(cell, run.Args(grid=grid))
+            (_, script, *line), folder = command(cell, run.Args(grid=grid))
             folders.append(folder)
             if cell["seed"] > 0:
                 continue  # the same but for the number
@@ -79,6 +85,15 @@ def test_commands():
     assert len(set(folders)) == len(folders)
 
 
+def test_seeds_are_grouped():
+    """Only seeds that follow one another, of the same cell; every cell is in one group."""
+    a, b = ([run.cell(m, "simple_spread", "expert", s) for s in range(5)] for m in ("bc", "fql"))
+    cells = [a[0], b[0], a[1], b[1], a[2], b[3], a[3], b[4]]
+    groups = run.in_one_process(cells, 3)
+    assert groups == [[a[0], a[1], a[2]], [b[0], b[1]], [b[3], b[4]], [a[3]]]
+    assert run.in_one_process(cells, 1) == [[cell] for cell in cells]
+
+
 def test_dry_run(tmp_path, capsys):
     """Only the commands, one a line, and nothing is written."""
     run.main(run.Args(grid="tune", dry_run=True, results_dir=tmp_path / "results"))
@@ -91,6 +106,7 @@ def test_dry_run(tmp_path, capsys):
     [
         ({"grid": "nonsense"}, "mpe, mamujoco, tune, tune_mamujoco, ablation"),
         ({"ray": "local"}, "requirements-ray.txt"),
+        ({"num_seeds": 0}, "1 or more"),
     ],
 )
 def test_refusals(settings, reason, tmp_path, monkeypatch):
@@ -123,7 +139,7 @@ def tiny(make_data, tmp_path_factory):
     }
     args = run.Args(grid="tiny", num_updates=6, **places)
 
-    (_, script, *line), folder = run.command(stopped, args)
+    (_, script, *line), folder = command(stopped, args)
     module = load(ROOT / script)
     write = module.write
 
@@ -178,7 +194,7 @@ def test_rows(tiny):
     assert [run.name(row) for row in rows] == [run.name(works), run.name(stopped)]
     returns = tiny.data["rews"].astype(float).reshape(3, -1, 25).sum(axis=2).mean(axis=0)
     for cell, row in zip((works, stopped), rows, strict=True):
-        final = np.load(run.command(cell, tiny.args)[1] / "final_returns.npy")
+        final = np.load(command(cell, tiny.args)[1] / "final_returns.npy")
         assert final.shape == (1000,)
         assert float(row["return"]) == pytest.approx(final.mean(), abs=0.006)
         score = 100 * (final.mean() - 159.8) / (516.8 - 159.8)
@@ -201,11 +217,29 @@ def test_curves(tiny):
                 assert max(float(p["score"]) for p in curve) == float(row["best_score"])
 
 
+def test_seeds_in_one_process(make_data, monkeypatch, tmp_path):
+    """Two cells, one training; each has its own row, from its own run directory."""
+    for seed in (3, 4):
+        make_data(tmp_path / "data", "simple_spread", "medium", 500, seed)
+    cells = [run.cell("bc", "simple_spread", "medium", seed) for seed in (3, 4)]
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: cells)
+    places = {name: tmp_path / name for name in ("run_dir", "results_dir")}
+    args = run.Args(grid="tiny", num_updates=2, num_seeds=2, data_dir=tmp_path / "data", **places)
+    run.main(args)
+    rows = table(args)
+    assert [run.name(row) for row in rows] == [run.name(cell) for cell in cells]
+    for cell, row in zip(cells, rows, strict=True):
+        final = np.load(command(cell, args)[1] / "final_returns.npy")
+        assert float(row["return"]) == pytest.approx(final.mean(), abs=0.006)
+    assert rows[0]["return"] != rows[1]["return"]
+    assert len(list(tmp_path.glob("run_dir/**/log.txt"))) == 1
+
+
 def test_failure(tiny):
     """The line names the command, its exit status and the reason that its log ends with."""
     head, line = tiny.stop.splitlines()
     assert head.startswith("error: ")
-    words, folder = run.command(tiny.cells[1], tiny.args)
+    words, folder = command(tiny.cells[1], tiny.args)
     assert line.startswith(" ".join(words))
     assert line.endswith("exit status 1, " + (folder / "log.txt").read_text().splitlines()[-1])
     assert "50 transitions" in line
@@ -213,7 +247,7 @@ def test_failure(tiny):
 
 def test_stopped_cell_goes_on(tiny):
     """Its first evaluation is the one from before the stop."""
-    folder = run.command(tiny.cells[2], tiny.args)[1]
+    folder = command(tiny.cells[2], tiny.args)[1]
     with (folder / "metrics.csv").open() as file:
         first, _ = csv.DictReader(file)
     ((before, *_),) = tiny.before["progress"]["histories"]
@@ -226,7 +260,7 @@ def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
     monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
     with pytest.raises(SystemExit, match="exit status 1"):
         run.main(tiny.args)
-    assert no_training == [run.command(tiny.cells[1], tiny.args)[0]]
+    assert no_training == [command(tiny.cells[1], tiny.args)[0]]
     monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells[::2])
     run.main(tiny.args)
     assert "all 2 runs" in capsys.readouterr().out
@@ -259,7 +293,7 @@ def test_sigterm_stops_the_trainings(make_data, monkeypatch, tmp_path):
     monkeypatch.setitem(run.GRIDS, "tiny", lambda: [run.cell("bc", "simple_spread", "medium", 0)])
     places = {name: tmp_path / name for name in ("run_dir", "results_dir")}
     args = run.Args(grid="tiny", num_updates=10**6, data_dir=tmp_path / "data", **places)
-    (folder,) = (run.command(cell, args)[1] for cell in run.GRIDS["tiny"]())
+    (folder,) = (command(cell, args)[1] for cell in run.GRIDS["tiny"]())
 
     def terminate():
         while not list(folder.glob("events*")):
@@ -507,8 +541,8 @@ def test_readme_and_figures(results, capsys):
     text = report.README.read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    # prey, chaos, tune, ablation, both of mamujoco, and costs: four tables, CPU and GPU
-    assert text.count("\nold\n") == 6 + 8
+    # prey, chaos, tune, ablation, both of mamujoco, and costs: of CPU, of both compiled
+    assert text.count("\nold\n") == 6 + 4 + 2 + 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
@@ -534,7 +568,8 @@ def test_costs(results):
     same |= {"decision_ms": 0.01234, "decision_1000_ms": 12.34}
     rows = [dict(zip(keys, line, strict=True)) | same for line in lines]
     run.write_table(report.RESULTS / "efficiency_cpu.csv", rows)
-    machine = {"processor": "P", "cores": 2, "threads": 2, "compile": False, "torch": "2"}
+    machine = {"processor": "P", "cores": 2, "threads": 2, "device": "cpu", "torch": "2"}
+    machine |= {"compile": False}
     (report.RESULTS / "efficiency_cpu.json").write_text(json.dumps(machine))
     tables = report.tables()
     lines = tables["cost_equal_cpu"].splitlines()[2:]

@@ -1,5 +1,7 @@
 """benchmark/efficiency.py: what it counts and what it measures."""
 
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +30,18 @@ def test_every_method_is_measured(method):
     assert {key for key, value in values.items() if not value > 0} == missing
     assert row["low"] <= row["updates_per_second"] <= row["high"]
     assert row["hidden_dims"] == "8x4"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_compiled(tmp_path):
+    """The script's functions, which are imported by their file alone, compile."""
+    code = (
+        "import efficiency; efficiency.measure(efficiency.Point('equal', 'om2p', 2, 16, (8, 4)), "
+        "efficiency.Args(device='cpu', compile=True, seconds=0.01))"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT / "benchmark", capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def products(in_dim, out_dim, networks=N):

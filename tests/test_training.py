@@ -159,6 +159,70 @@ def test_evaluation_leaves_the_random_state():
     assert not np.array_equal(evaluate(policy, [env], [1]), first)
 
 
+def test_every_seed_has_its_own_starts():
+    """One team of both seeds' agents plays as each seed's half would alone, from its own starts."""
+
+    class Still:
+        def __init__(self, agents):
+            self.agents = agents
+
+        def act(self, obs):
+            assert obs.shape[0] == self.agents
+            return torch.zeros(*obs.shape[:-1], 2)
+
+    def play(*seeds):
+        return evaluate(Still(3 * len(seeds)), [MPE("simple_spread", 4) for _ in seeds], seeds)
+
+    np.testing.assert_array_equal(play(0, 7), np.concatenate([play(0), play(7)]))
+    assert not np.array_equal(play(0), play(7))
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_sample(num_seeds):
+    """Agents of a seed get the same rows, seeds others, all values of one row; none is left out."""
+    torch.manual_seed(0)
+    rows, agents = torch.arange(5).float(), torch.arange(4).float()[:, None]
+    dataset = {"obs": (10 * agents + rows)[..., None], "reward": 10 * agents + rows}
+    batch = om2p_mpe.sample(dataset, 64, num_seeds)
+    assert batch["obs"].shape == (4, 64, 1)
+    assert torch.equal(batch["obs"][..., 0], batch["reward"])
+    index = (batch["reward"] - 10 * agents).reshape(num_seeds, 4 // num_seeds, 64)
+    assert (index == index[:, :1]).all()
+    for one in index[:, 0]:
+        assert set(one.tolist()) == set(range(5))
+    assert num_seeds == 1 or not torch.equal(*index[:, 0])
+
+
+def test_policys_step_size_goes_down(train, monkeypatch):
+    """Linearly, to zero after the last update; the critic's stays as it is."""
+    optimizers, step_sizes, adam, policy_loss = [], [], om2p_mpe.adam, om2p_mpe.policy_loss
+
+    def watched_adam(*inputs):
+        optimizers.append(adam(*inputs))
+        return optimizers[-1]
+
+    def watched_loss(*inputs):
+        step_sizes.append([optimizer.param_groups[0]["lr"].item() for optimizer in optimizers])
+        return policy_loss(*inputs)
+
+    monkeypatch.setattr(om2p_mpe, "adam", watched_adam)
+    monkeypatch.setattr(om2p_mpe, "policy_loss", watched_loss)
+    train(num_updates=4, learning_rate=0.01)
+    policys, critics = zip(*step_sizes, strict=True)
+    assert policys == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert critics == pytest.approx([0.01] * 4)
+
+
+def test_tf32_is_pytorchs_setting(train):
+    """--tf32 sets how PyTorch multiplies; without it the run has full precision."""
+    try:
+        for tf32, precision in ((True, "high"), (False, "highest")):
+            train(num_updates=1, tf32=tf32)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_timeout_done_marks_last_steps(train, monkeypatch, tmp_path):
     """With --timeout-done `done` is 1 in an episode's 25th row, and 0 elsewhere."""
     seen, real = [], om2p_mpe.critic_loss
