@@ -42,7 +42,7 @@ def test_commands_parse(script, options):
 def test_the_two_commands_are_there():
     """The first things a newcomer sees."""
     assert "pip install -r requirements.txt && python om2p_mpe.py --seed 0\n" in README
-    assert "pip install -r requirements-dev.txt && pytest\n" in README
+    assert "pip install -r requirements-dev.txt && pytest -n 2\n" in README
 
 
 def test_links_and_pictures_exist():
