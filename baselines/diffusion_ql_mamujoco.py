@@ -114,7 +114,7 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic_mamujoco
-    q_weight: float = 4.0
+    q_weight: float = 0.5
     """weight of the Q term against the diffusion loss, 0 or more; eta in the paper"""
     # region args_diffusion_ql
     diffusion_steps: int = 5

@@ -110,7 +110,7 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic_mamujoco
-    q_weight: float = 32.0
+    q_weight: float = 1.0
     """weight of the Q term against flow matching, 0 or more"""
     # region args_flow
     flow_steps: int = 10

@@ -114,9 +114,9 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic_mamujoco
-    # region args_conservative
-    cql_alpha: float = 0.1
+    cql_alpha: float = 1.0
     """weight of the conservative term in the critics' loss, 0 or more; 0 is plain TD learning"""
+    # region args_conservative
     cql_samples: int = 10
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative

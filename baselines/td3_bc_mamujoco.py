@@ -110,7 +110,7 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic_mamujoco
-    q_weight: float = 20.0
+    q_weight: float = 0.25
     """weight of the Q term against behaviour cloning, 0 or more; alpha in the paper, 2.5 there"""
 
 

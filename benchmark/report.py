@@ -139,7 +139,8 @@ def machine_line(grid: str) -> str:
     """What a grid ran on; what a run costs is measured by benchmark/efficiency.py, side by side."""
     machine = json.loads((RESULTS / f"{grid}.json").read_text())
     place = "" if machine["device"] == "cpu" else f", {machine['device']}"
-    workers = f"{machine['workers']} runs at a time" if machine["workers"] else "runs spread by Ray"
+    number = machine["workers"]  # none with Ray
+    workers = f"{number} run{'s' * (number > 1)} at a time" if number else "runs spread by Ray"
     return (
         f"{machine['processor']}, {machine['cores']} cores{place}, {workers} with one thread each, "
         f"torch {machine['torch']}."

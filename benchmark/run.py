@@ -71,18 +71,20 @@ TUNING = {  # values of what matters most in each method, and step sizes
     },
 }
 TUNING_MAMUJOCO = {
-    "om2p": ("q-weight", ("0.5", "2", "8")),
-    "td3_bc": ("q-weight", ("0.25", "1", "4", "16")),
-    "omar": ("cql-alpha", ("0.1", "1", "5")),
-    "diffusion_ql": ("q-weight", ("0.12", "0.5", "2", "8")),
-    "flow_ql": ("q-weight", ("0.25", "1", "4", "16")),
-    "fql": ("q-weight", ("0.25", "1", "4", "16")),
-    "dom2": ("q-weight", ("0.5", "2", "8")),
+    "om2p": {"q-weight": ("0.5", "2", "8")},
+    "td3_bc": {"q-weight": ("0.06", "0.25", "1", "4", "16")},
+    "omar": {"cql-alpha": ("0.1", "1", "5")},
+    "diffusion_ql": {"q-weight": ("0.12", "0.5", "2", "8")},
+    "flow_ql": {"q-weight": ("0.25", "1", "4", "16")},
+    "fql": {"q-weight": ("0.25", "1", "4", "16")},
+    "dom2": {"q-weight": ("0.5", "2", "8"), "q-weight cql-alpha": ("0.5 1",)},
 }
 ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
     "derivative": ("jvp",),
+    "derivative q-weight": ("jvp 32", "jvp 128"),
     "delta": ("0.01",),
     "variant": ("no-derivative", "released", "penalty"),
+    "variant q-weight": ("no-derivative 2",),
     "flow-ratio": ("0", "0.75", "1"),
     "time-alpha time-beta": ("0.5 1", "1 1", "2 2"),
     "q-weight": ("0",),
@@ -134,7 +136,8 @@ def tune_mamujoco_grid() -> list[dict]:
     """Values of every method's main setting on HalfCheetah, one seed."""
     return [
         cell(method, CHEETAH, quality, 0, setting, value)
-        for method, (setting, values) in TUNING_MAMUJOCO.items()
+        for method, settings in TUNING_MAMUJOCO.items()
+        for setting, values in settings.items()
         for value, quality in product(values, ("medium", "medium-replay"))
     ]
 
@@ -200,7 +203,7 @@ def command(cells: list[dict], args: Args) -> tuple[list[str], list[Path]]:
     cell = cells[0]
     folder = ROOT if cell["method"] == "om2p" else ROOT / "baselines"
     script = folder / f"{cell['method']}_{suite(cell['task'])}.py"
-    if cell["setting"] == "variant":
+    if "variant" in cell["setting"]:
         script = ROOT / "benchmark/variants.py"
     words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
