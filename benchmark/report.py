@@ -452,7 +452,11 @@ TABLES = {  # name -> function and the file that it needs
         for kind, parts in COSTS.items()
         for part in parts
     },
-    **{f"cost_{kind}": (partial(cost_machine, kind), f"efficiency_{kind}.json") for kind in COSTS},
+    **{
+        f"cost_{kind}": (partial(cost_machine, kind), f"efficiency_{kind}.json")
+        for kind, parts in COSTS.items()
+        if "equal" in parts
+    },
     **{f"results_{method}": (partial(results_line, method), "mpe.csv") for method in METHODS},
 }
 

@@ -30,7 +30,7 @@ import variants
 
 from om2p_mpe import MeanFlowPolicy, mean_flow_loss
 
-MEDIUM, REPLAY = run.ABLATION_DATA
+MEDIUM, REPLAY, EXPERT = run.ABLATION_DATA
 
 
 def load(path):
@@ -54,7 +54,7 @@ def test_grids():
     """The sizes that the README tells, and no cell twice."""
     sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
     assert sizes["mpe"] == 8 * 12 * 5
-    assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 2 * 5
+    assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
@@ -542,7 +542,7 @@ def test_readme_and_figures(results, capsys):
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
     # prey, chaos, tune, ablation, both of mamujoco, and costs: of CPU, of both compiled
-    assert text.count("\nold\n") == 6 + 4 + 2 + 4
+    assert text.count("\nold\n") == 6 + 4 + 1 + 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
