@@ -269,8 +269,8 @@ def mean_flow_loss(
     The derivative runs along the path: r moves at speed 1 and x with it at v, while t stands still.
     OM2P's derivative-free estimate is the difference of u and u', its value a step delta further,
     over delta. With T = t - r, u then has to be (delta v + T u') / (delta + T), the mean of its
-    parts, and the error counts (1 + T / delta)^2-fold. Shapes as in `forward`, mean and mask as in
-    `squared_error`.
+    parts, and an error of u alone is pulled back 1 + T / delta times as hard. Shapes as in
+    `forward`, mean and mask as in `squared_error`.
     """
     x, v = (1 - r) * noise + r * action, action - noise
     u = policy(obs, x, r, t)

@@ -10,14 +10,16 @@ The gradient of a conservative critic runs back through them.
     eps(x_t, t | o)      the network: the noise e in x_t
     a                    (x_t - sigma_t eps) / alpha_t, the action as seen from x_t
     x_s                  (sigma_s / sigma_t) (x_t - alpha_t a) + alpha_s a, a solver step, t to s
-    L = E || eps(x_t, t | o) - e ||^2 - q_weight E[Q(o, a_pi)] / |Q|
+    L = E || eps(x_t, t | o) - e ||^2 - q_weight E[min_k Q_k(o, a_pi)] / |Q|
     L_Q = TD + cql_alpha (log sum_j exp Q(o, a_j) - Q(o, a_data))            a_j uniform, j = 1..10
 
 Differences from the paper: 1. in a solver step the action a is clipped to [-1, 1], without which
-errors at t = 1 grow by 1 / alpha_1 = 150; 2. the score network keeps SfBC's blocks, but its
-widths, `score_dims`, are chosen for a size near the other methods' networks (the paper: 512 256
-128), and it has no dropout; 3. data reweighting, `return_quantiles`, is off by default; 4. step
-sizes, batches and the critics' networks are those of om2p_mamujoco.py.
+errors at t = 1 grow by 1 / alpha_1 = 150; 2. the score network keeps SfBC's residual blocks, but
+its widths, `score_dims`, are chosen for a size near the other methods' networks (the paper: 512 256
+128), time and observation are embedded together by one layer (SfBC: two small networks), the last
+block on the way up has a skip, too, and there is no dropout; 3. data reweighting,
+`return_quantiles`, is off by default; 4. step sizes, batches and the critics' networks are those of
+om2p_mamujoco.py.
 
 Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
 E critics, J sampled actions, K episodes, T transitions.

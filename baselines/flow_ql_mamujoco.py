@@ -1,4 +1,4 @@
-"""Flow Q-learning with a multi-step flow, on multi-agent MuJoCo.
+"""Flow-QL, a multi-step flow policy under a critic, on multi-agent MuJoCo.
 
 The flow counterpart of Diffusion-QL: every agent's policy is a flow-matching model (Lipman et al.,
 2023, arxiv.org/abs/2210.02747) that turns noise into an action in `flow_steps` Euler steps, and the
@@ -93,7 +93,7 @@ class Args:
     """episodes per evaluation, always from the same initial states, 1 or more"""
     # endregion args_mamujoco
 
-    # Flow Q-learning
+    # Flow-QL
     # region args_training_mamujoco
     num_updates: int = 10_000
     """gradient steps, 1 or more"""

@@ -1,4 +1,4 @@
-"""Flow Q-learning with a multi-step flow, on the Multi-Agent Particle Environments.
+"""Flow-QL, a multi-step flow policy under a critic, on the Multi-Agent Particle Environments.
 
 The flow counterpart of Diffusion-QL: every agent's policy is a flow-matching model (Lipman et al.,
 2023, arxiv.org/abs/2210.02747) that turns noise into an action in `flow_steps` Euler steps, and the
@@ -88,7 +88,7 @@ class Args:
     """episodes per evaluation, always from the same initial states, 1 or more"""
     # endregion args_mpe
 
-    # Flow Q-learning
+    # Flow-QL
     # region args_training
     num_updates: int = 4_000
     """gradient steps, 1 or more"""

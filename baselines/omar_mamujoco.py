@@ -15,7 +15,9 @@ Differences from the paper and its code: 1. the agents' gradients are not clippe
 divided by their standard deviation, which also puts the two terms of L and of L_Q on one scale for
 all tasks, so that one pair (omar_coe, cql_alpha) serves all datasets, where the paper tunes a pair
 for each; 3. networks, step sizes and batches are those of om2p_mamujoco.py, which see (the paper:
-64 x 2, 1e-2, 1024).
+256 x 2, 3e-4, 256); 4. search and conservative term are those of the particle environments (the
+code's for HalfCheetah: a cross-entropy search, 2 rounds of 20 samples with 5 elites, and the
+policy's actions at o and o', with noise, beside the uniform ones).
 
 Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
 E critics, J sampled actions, K episodes, T transitions.

@@ -18,6 +18,7 @@ settings are kept or replaced. `benchmark/report.py` makes the README's tables a
 Memory is that of the plain update, with or without --compile.
 """
 
+import gc
 import importlib.util
 import io
 import json
@@ -232,8 +233,12 @@ class Flops(TorchDispatchMode):
 
 
 def cpu_peak(update) -> int:
-    """The most bytes that tensors made in an update take at once, from PyTorch's allocator."""
+    """The most bytes that tensors made in updates take at once, from PyTorch's allocator.
+
+    Two updates: what one leaves behind, as gradients, is there in the next.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update()
         update()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -284,6 +289,8 @@ def measure(point: Point, args: Args) -> dict:
         score_dims = module.Args.score_dims if point.score_dims is None else point.score_dims
         settings = settings | {"score_dims": score_dims or equal_score_dims(module, point)}
 
+    gc.collect()
+    before = torch.cuda.memory_allocated(args.device) if on_gpu else 0  # by earlier points
     transitions = max(20_000, point.batch)
     shape, generator = (agents, transitions), torch.Generator().manual_seed(0)
     dataset = {
@@ -321,7 +328,7 @@ def measure(point: Point, args: Args) -> dict:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
                 update()
-                allocated = torch.cuda.max_memory_allocated(device)
+                allocated = torch.cuda.max_memory_allocated(device) - before
             else:
                 allocated = cpu_peak(update) + state_bytes(*states.values()) + data_bytes
             fast = fast_version(update, states)
@@ -351,7 +358,12 @@ def measure(point: Point, args: Args) -> dict:
                 with torch.no_grad():
                     return {"action": policy.act(obs)}
 
-            seconds = clock(fast_version(act, {}), args.device, args.seconds / 3)
+            fast = fast_version(act, {})
+
+            def decision(fast=fast) -> None:
+                fast()["action"].cpu()  # there it is needed, and this waits for the GPU
+
+            seconds = clock(decision, args.device, args.seconds / 3)
             result[key] = 1_000 * np.median(seconds) * repeats
         return np.zeros((1, 1))
 

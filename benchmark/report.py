@@ -141,9 +141,11 @@ def machine_line(grid: str) -> str:
     place = "" if machine["device"] == "cpu" else f", {machine['device']}"
     number = machine["workers"]  # none with Ray
     workers = f"{number} run{'s' * (number > 1)} at a time" if number else "runs spread by Ray"
+    number = machine.get("seeds in one process", 1)
+    joint = f", up to {number} seeds in one" if number > 1 else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores{place}, {workers} with one thread each, "
-        f"torch {machine['torch']}."
+        f"{machine['processor']}, {machine['cores']} cores{place}, {workers} with one thread each"
+        f"{joint}, torch {machine['torch']}."
     )
 
 
@@ -512,7 +514,8 @@ def average_bars() -> None:
         center, (low, high) = np.mean(values), interval(values)
         color = METHODS[method][1] if method == "om2p" else "#8FA8BF"
         panel.barh(k, center, 0.7, color=color)
-        panel.errorbar(center, k, xerr=[[center - low], [high - center]], color="k", capsize=3)
+        if len(values) > 1:
+            panel.errorbar(center, k, xerr=[[center - low], [high - center]], color="k", capsize=3)
         place = {"textcoords": "offset points", "va": "center"}
         panel.annotate(mean(values), (max(high, 0), k), (5, 0), **place)
     if (average := data_average(data, "mpe")) != "-":

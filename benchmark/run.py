@@ -85,7 +85,7 @@ TUNING_MAMUJOCO = {
 }
 ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mpe.py itself
     "derivative": ("jvp",),
-    "derivative q-weight": ("jvp 32", "jvp 128"),
+    "derivative q-weight": ("jvp 32",),
     "delta": ("0.01",),
     "variant": ("no-derivative", "released", "penalty"),
     "variant q-weight": ("no-derivative 2",),
@@ -368,6 +368,7 @@ def main(args: Args) -> None:
         "cores": os.cpu_count(),
         "workers": None if args.ray else args.workers,
         "threads per worker": 1,
+        "seeds in one process": args.num_seeds,
         "device": torch.cuda.get_device_name(args.device) if has_gpu else args.device,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -3,9 +3,9 @@
     python benchmark/variants.py --task simple_spread --quality medium --variant released
 
 no-derivative      the target is v for every interval: no du/dr, plain flow matching
-released           the objective as the authors' release runs it (README, differences 1 and 2)
+released           loss and action of the authors' release (README, differences 1 and 2); times, Q
+                   term and everything else are as here
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
-straight-through   the Q term's gradient passes the clip to [-1, 1] as if it were not there
 """
 
 import sys
@@ -25,7 +25,7 @@ om2p_policy_loss = om2p_mpe.policy_loss
 
 @dataclass
 class Args(om2p_mpe.Args):
-    variant: Literal["no-derivative", "released", "penalty", "straight-through"] = "released"
+    variant: Literal["no-derivative", "released", "penalty"] = "released"
     """what is made otherwise"""
 
 
@@ -62,24 +62,13 @@ class ReleasedPolicy(MeanFlowPolicy):
 class FreePolicy(MeanFlowPolicy):
     """A mean-flow policy that keeps its last action before the clip, as `free`."""
 
-    straight_through = False
-
     def act(self, obs, noise=None):
         """(N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
             noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
         self.free = noise + self(obs, noise, r, t)
-        clipped = self.free.clamp(-1, 1)
-        if self.straight_through:
-            return self.free + (clipped - self.free).detach()
-        return clipped
-
-
-class StraightThroughPolicy(FreePolicy):
-    """As FreePolicy, with the gradient of the action before the clip."""
-
-    straight_through = True
+        return self.free.clamp(-1, 1)
 
 
 def penalty_loss(policy, critic, batch, args):
@@ -93,7 +82,6 @@ CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
     "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
-    "straight-through": {"MeanFlowPolicy": StraightThroughPolicy},
 }
 
 if __name__ == "__main__":

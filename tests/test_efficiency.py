@@ -109,6 +109,12 @@ def test_peak_memory():
         torch.ones(2**18).sum()
 
     assert efficiency.cpu_peak(update) == pytest.approx(2 * 2**20, rel=0.01)
+    kept = []
+
+    def update_that_keeps():
+        kept[:] = [torch.ones(2**18)]  # while the one of the update before is there
+
+    assert efficiency.cpu_peak(update_that_keeps) == pytest.approx(2 * 2**20, rel=0.01)
     net = torch.nn.Linear(10, 10)
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.ones(10)).sum().backward()
