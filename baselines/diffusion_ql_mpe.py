@@ -34,8 +34,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -289,12 +290,12 @@ def policy_loss(
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
-    "num_seeds": (1, math.inf),
+    "num_seeds": (1, 1_000),
     "eval_interval": (1, math.inf),
-    "eval_episodes": (1, math.inf),
+    "eval_episodes": (1, 1_000_000),
     "num_updates": (1, math.inf),
     "batch_size": (1, math.inf),
-    "hidden_dims": (1, math.inf),
+    "hidden_dims": (1, 20_000),
     "learning_rate": (0, math.inf),
 }
 
@@ -327,9 +328,11 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: 
     for path in (here / "data" / collector, here.parent / "data" / collector):
         if path.is_file():
             print(f"{missing}; making them")
-            if subprocess.run([sys.executable, path, *options, "--data-dir", data_dir]).returncode:
+            words = [sys.executable, path, *options, "--data-dir", data_dir]
+            failed = subprocess.run(words).returncode
+            if failed and not (data_dir / task / quality / f"seed_{seed}_data").is_dir():
                 stop(f"data/{collector} could not make the {quality} data")
-            return
+            return  # made here, or by another process in the meantime
     stop(
         f"{missing}: make them by `python data/{collector} {' '.join(options)}` or get the public "
         f"ones by `bash data/download.sh {task} {quality} {seed}`"
@@ -384,11 +387,14 @@ def load_dataset(data_dir: Path, task: str, quality: str, seed: int, env, device
             for first in range(0, size, 20_000):  # in pieces, each with a map of its own: no
                 piece = values[first : first + 20_000]  # more of the file stays in memory
                 rows = read_array(path, length, width)[first : first + 20_000]
-                piece.copy_(torch.from_numpy(rows[: len(piece)].astype(np.float32)))
+                with np.errstate(over="ignore"):  # to infinity, which is refused
+                    piece.copy_(torch.from_numpy(rows[: len(piece)].astype(np.float32)))
                 if not piece.isfinite().all():
                     stop(f"{path} holds NaN or infinite values")
                 if key == "action" and (piece.abs() > 1.001).any():
                     stop(f"{path} holds actions outside [-1, 1]")
+                if key == "done" and ((piece < 0) | (piece > 1)).any():
+                    stop(f"{path} holds numbers outside [0, 1]")
     return {key: values.to(device) for key, values in dataset.items()}
 
 
@@ -720,6 +726,11 @@ def save_table(rows: list[dict], file) -> None:
     file.write("".join(f"{line}\n" for line in lines).encode())
 
 
+def save_json(values: dict, file) -> None:
+    """Write a dictionary as JSON into a binary file."""
+    file.write(json.dumps(values, indent=2, default=str).encode())
+
+
 def save_array(values: np.ndarray, file) -> None:
     """np.save with its arguments in the order that `write` has."""
     np.save(file, values)
@@ -734,19 +745,24 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str], device="cpu") -> di
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+                if archive.testzip():
+                    raise ValueError("it is damaged")
             state = torch.load(path, map_location=device, weights_only=True)
             changed = {key: value for key, value in state["settings"].items() if key not in FREE}
             break
         except Exception as problem:
             if path is paths[-1]:
                 stop(f"{path} cannot be resumed", problem)
-            print(f"warning: {path} is broken; going on from {paths[1]}", file=sys.stderr)
     else:
         return None
     for key, value in changed.items():
         if value != settings.get(key):
             name = f"--{key.replace('_', '-')}"
             stop(f"{run_dir} cannot be resumed: {name} was {value}, now {settings.get(key)}")
+    if path is not paths[0]:
+        broken = paths[0].replace(paths[0].with_suffix(".broken"))  # not to become the previous one
+        print(f"warning: {paths[0]} is broken, now {broken}; going on from {path}", file=sys.stderr)
     return state
 
 
@@ -906,19 +922,28 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
                 state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
             write(run_dirs[0] / "checkpoint.pt", torch.save, state, keep=True)
 
+        def diverged(what: str) -> NoReturn:
+            stop(
+                f"{what} at update {step}: training has diverged; the last checkpoint is kept; "
+                f"start anew with a lower --learning-rate"
+            )
+
         writers, bar = [], None
         try:
             for seed, run_dir in zip(seeds, run_dirs, strict=True):
-                is_other = step == 0 or (seed > args.seed and step < args.num_updates)
-                is_other &= (run_dir / "policy.pt").exists()  # a finished run, and not of these
+                record = asdict(args) | {"seed": seed, "first_seed": args.seed}
+                is_other = step == 0 and (run_dir / "policy.pt").exists()
+                with suppress(OSError, ValueError, KeyError):  # without the file it is this run's
+                    other = json.loads((run_dir / "args.json").read_text())
+                    keys = ("first_seed", "num_seeds")
+                    is_other |= any(other[key] != record[key] for key in keys)
                 if run_dir.exists() and (not args.resume or is_other):
                     old = folder / "old" / f"{run_dir.name}-{time.time_ns()}"
                     old.parent.mkdir(exist_ok=True)
                     run_dir.rename(old)
                     print(f"the previous run in {run_dir} is now {old}")
                 run_dir.mkdir(exist_ok=True)
-                record = asdict(args) | {"seed": seed, "first_seed": args.seed}
-                (run_dir / "args.json").write_text(json.dumps(record, indent=2, default=str))
+                write(run_dir / "args.json", save_json, record)
                 shutil.copy(script, run_dir)
                 writers.append(SummaryWriter(run_dir, purge_step=step + 1))
             bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
@@ -941,10 +966,11 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
                         for writer in writers:
                             writer.add_scalar(f"losses/{key}", value, step)
                         if not abs(value) < 1e8:
-                            stop(
-                                f"losses/{key} is {value} at update {step}: training has diverged; "
-                                f"the last checkpoint is kept; try a lower --learning-rate"
-                            )
+                            diverged(f"losses/{key} is {value}")
+                if evaluating or signals:
+                    nets = [part for part in states.values() if isinstance(part, nn.Module)]
+                    if not all(p.isfinite().all() for net in nets for p in net.parameters()):
+                        diverged("weights are not finite")
                 if evaluating:
                     returns = torch.from_numpy(evaluate(policy, envs, seeds, args.device))
                     means = returns.mean(dim=1).tolist()
@@ -957,13 +983,14 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
                         writer.add_scalar("charts/normalized_score", score, step)
                         writer.add_scalar("charts/updates_per_second", step / seconds, step)
                         write(run_dir / "metrics.csv", save_table, history)
+                if evaluating or signals:
+                    save_checkpoint()
+                if evaluating:
                     mean = sum(means) / args.num_seeds
                     score = normalized_score(args.task, mean)
                     tqdm.write(
                         f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}"
                     )
-                if evaluating or signals:
-                    save_checkpoint()
                 if signals:
                     raise SystemExit(f"stopped at update {step}; --resume goes on from there")
             for k, run_dir in enumerate(run_dirs):
@@ -971,13 +998,15 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
                 if args.num_seeds > 1:  # along the first dimension, as the agents of one team
                     parts = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
                     weights = {key: part[k].clone() for key, part in parts.items()}
+                write(run_dir / "metrics.csv", save_table, histories[k])
                 write(run_dir / "policy.pt", torch.save, weights)
                 write(run_dir / "final_returns.npy", save_array, returns[k].numpy())
         except OSError as problem:
             stop(f"{folder} cannot be written at update {step}", problem)
         finally:
             for output in filter(None, (bar, *writers)):
-                output.close()
+                with suppress(OSError):  # of a full disk, which has been told
+                    output.close()
 
     for seed, run_dir, history, values in zip(seeds, run_dirs, histories, returns, strict=True):
         final, best = history[-1], max(row["score"] for row in history)

@@ -17,6 +17,7 @@ and rows that go on for some agents only.
 """
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Args:
     horizon: int | None = None
     """rows that an episode has at most, 1 or more; by default the task's, if the path names it"""
     png: Path | None = None
-    """file for a picture of the returns' histogram (needs matplotlib)"""
+    """file for a picture of the returns' histogram, <name>.png (needs matplotlib)"""
 
 
 def stop(message: str, problem: Exception | None = None) -> NoReturn:
@@ -125,6 +126,7 @@ def find_ends(done: np.ndarray, goes_on: np.ndarray, horizon: float) -> np.ndarr
 
     The last row of all is always one.
     """
+    horizon = min(horizon, len(done))  # a longer one ends no episode, and need not fit 64 bits
     ends = done.copy()
     ends[:-1] |= ~goes_on
     ends[-1] = True
@@ -232,6 +234,14 @@ def describe(folder: Path, horizon: int | None = None) -> tuple[dict, np.ndarray
     return card, returns
 
 
+def count_returns(returns: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Histogram of returns (K,): counts and edges, of one bin where floats cannot tell `bins`."""
+    try:
+        return np.histogram(returns, bins)
+    except ValueError:  # too large for what they differ by, or too far apart
+        return np.histogram(returns, [returns.min(), returns.max()])
+
+
 def draw(returns: np.ndarray, card: dict, path: Path) -> None:
     """Write the histogram of the returns (K,) as a PNG, the public means drawn in."""
     try:
@@ -239,7 +249,7 @@ def draw(returns: np.ndarray, card: dict, path: Path) -> None:
     except ImportError as problem:
         stop("--png needs matplotlib (pip install matplotlib)", problem)
     axes = (figure := Figure(figsize=(5, 3), layout="constrained")).subplots()
-    axes.hist(returns, bins=50)
+    axes.stairs(*count_returns(returns, 50), fill=True)
     for line, key in (("--", "public return, five seeds"), (":", "public return, one seed")):
         mean = str(card.get(key, "not known")).split(" ± ")[0]
         if mean != "not known":
@@ -248,7 +258,7 @@ def draw(returns: np.ndarray, card: dict, path: Path) -> None:
     axes.set(xlabel="return of an episode", ylabel="episodes", title=card["dataset"])
     try:
         figure.savefig(path, format="png", dpi=150)
-    except OSError as problem:
+    except (OSError, ValueError) as problem:  # or numbers that have no axis
         stop(f"{path} cannot be written", problem)
 
 
@@ -256,10 +266,12 @@ def main(args: Args) -> None:
     """Print the card and the histogram of the returns, and draw it if asked for."""
     if args.horizon is not None and args.horizon < 1:
         stop(f"--horizon is {args.horizon}; it must be 1 or more")
+    if args.png and args.png.suffix.lower() != ".png":
+        stop(f"--png is {args.png}; its name must end in .png")
     card, returns = describe(args.path, args.horizon)
     for key, value in card.items():
         print(f"{key:>26}: {value}")
-    counts, edges = np.histogram(returns, bins=15) if len(returns) else ((), ())
+    counts, edges = count_returns(returns, 15) if len(returns) else ((), ())
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         print(f"{low:>11.2f} to {high:>11.2f}: {'#' * round(40 * count / max(counts))} {count}")
     if args.png:
@@ -267,4 +279,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the ± where the terminal has none
     main(tyro.cli(Args))

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -133,12 +134,12 @@ class Critic(nn.Module):
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
-    "num_seeds": (1, math.inf),
+    "num_seeds": (1, 1_000),
     "eval_interval": (1, math.inf),
-    "eval_episodes": (1, math.inf),
+    "eval_episodes": (1, 1_000_000),
     "num_updates": (1, math.inf),
     "batch_size": (1, math.inf),
-    "hidden_dims": (1, math.inf),
+    "hidden_dims": (1, 20_000),
     "learning_rate": (0, math.inf),
 }
 
@@ -621,16 +622,18 @@ def train_behavior(args: Args) -> None:
 
 def main(args: Args) -> None:
     """Train behaviour policies, or write a dataset and print its card."""
-    if not args.train:
+    try:
+        if args.train:
+            train_behavior(args)
+            return
         for key, value in collect(args).items():
             print(f"{key:>26}: {value}")
-        return
-    try:
-        train_behavior(args)
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last save") from None
+        more = "; the same command goes on from the last save" if args.train else ""
+        raise SystemExit(f"stopped{more}") from None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     torch.set_num_threads(1)  # small networks gain nothing from more, and sums keep their order
     main(tyro.cli(Args))

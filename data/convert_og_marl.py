@@ -27,6 +27,7 @@ replays are filled up with rows of zeros (cut off here), nor that the prey is th
 
 import json
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ SHAPES = {  # learning agents, others, obs_dim, action_dim, rows of an episode
     "simple_tag": (3, 1, 16, 2, 25),
     "simple_world": (3, 1, 24, 2, 25),
     "HalfCheetah-2x3": (2, 0, 6, 3, 1_000),
+}
+AXES = {  # of a vault's arrays: seeds, time, agents and, in marks it may be, one more
+    "observations": (4,),
+    "actions": (4,),
+    "rewards": (3,),
+    "terminals": (3, 4),
+    "truncations": (3, 4),
 }
 QUALITIES = ("random", "medium-replay", "medium", "expert")
 
@@ -119,7 +127,10 @@ def read_vault(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
     needed = {"obs": "observations", "acs": "actions", "rews": "rewards", "dones": "terminals"}
     if missing := {*needed.values()} - {*arrays}:
         stop(f"{folder} has no {', '.join(sorted(missing))}")
-    num_seeds, *_, num_agents = arrays["rewards"].shape
+    for name, axes in AXES.items():
+        if name in arrays and len(arrays[name].shape) not in axes:
+            stop(f"{name} of {folder} are of shape {arrays[name].shape}; expected {axes[0]} axes")
+    num_seeds, _, num_agents = arrays["rewards"].shape
     if num_agents != learners + others:
         stop(f"{folder} has {num_agents} agents; expected {learners + others} in {args.task}")
     if args.seed >= num_seeds > 1:
@@ -128,7 +139,10 @@ def read_vault(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
 
     def read(name: str) -> np.ndarray:
         try:
-            return np.moveaxis(arrays[name][entry, :num_rows, :learners].read().result(), 1, 0)
+            array = arrays[name][entry, :num_rows, :learners].read().result()
+            if array.dtype.kind not in "biuf":
+                raise ValueError("it is not an array of numbers")
+            return np.moveaxis(array, 1, 0)
         except Exception as problem:
             stop(f"{name} of {folder} cannot be read", problem)
 
@@ -294,4 +308,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main(tyro.cli(Args))

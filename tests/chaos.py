@@ -1,8 +1,9 @@
 """Kill runs at random and see that nothing is lost: python tests/chaos.py --kills 50
 
 Each script is run once undisturbed. Then it is started again and again with --resume and killed by
-SIGKILL, at a random time or in the very moment in which it writes a checkpoint, until it ends; its
-weights, curve and final returns must be those of the undisturbed run, bit for bit. Collectors are
+SIGKILL while it trains, at a random time or in the very moment in which it writes a checkpoint (of
+which half a file is left), until it ends; its weights, curve and final returns must be those of the
+undisturbed run, bit for bit. The table tells between which updates kills fell. Collectors are
 killed while they write datasets: what is left is nothing or the whole. A full disk (a small tmpfs
 where one can be mounted, else a limit on the size of files) ends a run with one line, and with
 room it goes on. Of two runs started on one run directory one is refused.
@@ -31,7 +32,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {"mpe": ("simple_tag", "50000"), "mamujoco": ("Reacher-2x1", "1000")}  # task, rows
 METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
-TINY = ["--num-updates", "40", "--eval-interval", "4", "--eval-episodes", "4"]
+UPDATES = 400
+TINY = ["--num-updates", str(UPDATES), "--eval-interval", "10", "--eval-episodes", "4"]
 TINY += ["--batch-size", "16", "--hidden-dims", "32", "32", "--device", "cpu"]
 TINY += ["--no-compile"]
 
@@ -59,27 +61,33 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, error
 
 
-def kill(process: subprocess.Popen, seconds: float, moment: str = "") -> bool:
-    """Kill a process after some seconds, or as soon as a path like the pattern `moment` is there.
+def wait_until(process: subprocess.Popen, reached) -> None:
+    """Return as soon as reached() is true or the process has ended."""
+    while process.poll() is None and not reached():
+        time.sleep(0.0002)
 
-    Whether it was still alive.
-    """
-    end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
-        if moment and glob.glob(moment):
-            break
-        time.sleep(0.0005)
+
+def kill(process: subprocess.Popen) -> bool:
+    """Kill a process; whether it was still alive."""
     alive = process.poll() is None
     process.kill()
     process.communicate()
     return alive
 
 
+def outcome_rows(folder: Path) -> list[dict]:
+    """The rows of metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def outcome(folder: Path) -> tuple:
     """What a run's result is: weights, curve without times, final returns."""
     weights = torch.load(folder / "policy.pt", weights_only=True)
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    curve = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    curve = [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in outcome_rows(folder)
+    ]
     returns = np.load(folder / "final_returns.npy")
     return (
         {key: value.numpy().tobytes() for key, value in weights.items()},
@@ -93,23 +101,49 @@ def check_script(path: Path, place: Path, kills: int, rng: random.Random) -> dic
     task, _ = SUITES[path.stem.rsplit("_", 1)[1]]
     words = [path, "--task", task, "--quality", "random", "--data-dir", place / "data", *TINY]
     words += ["--score-dims", "16", "8"] if path.stem.startswith("dom2") else []
-    folder = Path(f"{task}-random", path.stem, "seed-0")
+    name = Path(f"{task}-random", path.stem, "seed-0")
+
+    def training(run_dir: Path) -> subprocess.Popen:
+        """The process of a run, when its training has begun."""
+        record = run_dir / name / "args.json"  # written anew by every process, just before
+        before = record.stat().st_mtime_ns if record.exists() else 0
+        process = start([*words, "--resume", "--run-dir", run_dir])
+        wait_until(process, lambda: record.exists() and record.stat().st_mtime_ns > before)
+        return process
+
+    calm, steps, in_writing = training(place / "calm"), [], 0
     began = time.monotonic()
-    finish(start([*words, "--run-dir", place / "calm"]))
-    seconds, done, in_writing = time.monotonic() - began, 0, 0
-    while done < kills:
-        wild = place / f"wild-{done}"
+    finish(calm)
+    seconds = time.monotonic() - began
+    while len(steps) < kills:
+        folder = place / f"wild-{len(steps)}" / name
+        temporary, step = folder / "checkpoint.pt.tmp", 0
         while True:  # until a run ends before it is killed
-            process = start([*words, "--resume", "--run-dir", wild])
-            write = f"{wild / folder}/*.tmp" if rng.random() < 0.5 and done < kills else ""
-            limit = rng.uniform(0, 1.2 * seconds) if done < kills else 1e9
-            alive = kill(process, 1e9 if write else limit, write)
+            temporary.unlink(missing_ok=True)  # of the kill before
+            process = training(folder.parents[len(name.parts) - 1])
+            if len(steps) < kills:
+                moment = time.monotonic() + rng.uniform(0, 0.8 * seconds) * (1 - step / UPDATES)
+                wait_until(process, lambda moment=moment: time.monotonic() > moment)
+                if rng.random() < 0.5:
+                    wait_until(process, temporary.exists)
+                alive = kill(process)
+            else:
+                finish(process)
+                alive = False
             if not alive:
                 assert process.returncode == 0
                 break
-            done, in_writing = done + 1, in_writing + bool(write)
-        assert outcome(wild / folder) == outcome(place / "calm" / folder), path
-    return {"what": path.stem, "kills": done, "while writing": in_writing, "result": "the same"}
+            step = int(outcome_rows(folder)[-1]["step"]) if (folder / "metrics.csv").exists() else 0
+            steps.append(step)
+            in_writing += temporary.exists()
+        assert outcome(folder) == outcome(place / "calm" / name), path
+    return {
+        "what": path.stem,
+        "kills": len(steps),
+        "while writing": in_writing,
+        "after updates": ", ".join(map(str, steps)),
+        "result": "the same",
+    }
 
 
 def check_collector(suite: str, place: Path, kills: int, rng: random.Random) -> dict:
@@ -122,9 +156,14 @@ def check_collector(suite: str, place: Path, kills: int, rng: random.Random) -> 
     while done < kills:
         target, tries = place / f"data-{suite}-{tries}", tries + 1
         process = start([*words, "--data-dir", target])
-        writing = f"{target / task / 'random'}/.seed*/*.npy" if done % 2 else ""
-        alive = kill(process, 1e9 if writing else rng.uniform(0, 8), writing)
-        done, in_writing = done + alive, in_writing + (alive and bool(writing))
+        if writing := done % 2 == 1:
+            pattern = f"{target / task / 'random'}/.seed*/*.npy"
+            wait_until(process, lambda pattern=pattern: glob.glob(pattern))
+        else:
+            moment = time.monotonic() + rng.uniform(0, 8)
+            wait_until(process, lambda moment=moment: time.monotonic() > moment)
+        alive = kill(process)
+        done, in_writing = done + alive, in_writing + (alive and writing)
         left = list((target / task / "random").glob("seed*"))
         assert not left or (left[0] / "card.json").exists()
         if not left:
@@ -135,6 +174,7 @@ def check_collector(suite: str, place: Path, kills: int, rng: random.Random) -> 
         "what": f"collect_{suite}",
         "kills": done,
         "while writing": in_writing,
+        "after updates": "-",
         "result": "the same",
     }
 
@@ -174,6 +214,7 @@ def check_full_disk(path: Path, place: Path) -> dict:
         "what": f"{path.stem}: {what}",
         "kills": 0,
         "while writing": 0,
+        "after updates": "-",
         "result": "one line, then the same",
     }
 
@@ -210,6 +251,7 @@ def check_two_runs(path: Path, place: Path) -> dict:
         "what": f"{path.stem}: two runs at once",
         "kills": 0,
         "while writing": 0,
+        "after updates": "-",
         "result": "one refused, one the same",
     }
 

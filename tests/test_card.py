@@ -1,6 +1,7 @@
 """The dataset card: what it counts, where episodes end, and what it says of broken files."""
 
 import ast
+import os
 import pickle
 import subprocess
 import sys
@@ -328,6 +329,14 @@ def test_bad_horizon(horizon, dataset):
     assert "--horizon" in refusal(card.main, card.Args(dataset[0], horizon=horizon))
 
 
+def test_horizon_beyond_64_bits(dataset):
+    """It ends no episode, as one of a million rows does."""
+    expected = card.describe(dataset[0], 10**6)
+    facts, returns = card.describe(dataset[0], 10**30)
+    assert facts == expected[0]
+    assert np.array_equal(returns, expected[1])
+
+
 # Output
 
 
@@ -342,21 +351,59 @@ def test_histogram(dataset, capsys):
     assert bins[np.argmax(counts)].count("#") == max(line.count("#") for line in bins) == 40
 
 
+LAST_REWARDS = {  # of an episode whose other rewards are 0
+    "far from 0": 1e16 + 2 * np.arange(10),
+    "greatest integer": np.full(10, 2**64 - 1, np.uint64),
+    "least floats": 5e-324 * 3 * np.arange(10),
+}
+
+
+@pytest.mark.parametrize("case", LAST_REWARDS)
+def test_returns_that_floats_hardly_tell_apart(case, dataset, tmp_path, capsys):
+    """They have a histogram and a picture, of one bin."""
+    reward = np.zeros(250, LAST_REWARDS[case].dtype)
+    reward[24::25] = LAST_REWARDS[case]
+    for i in range(3):
+        write(dataset[0], "rews", i, reward)
+    card.main(card.Args(dataset[0], png=tmp_path / "returns.png"))
+    assert capsys.readouterr().out.endswith(f": {'#' * 40} 10\n")
+    assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_picture(make_data, tmp_path, capsys):
-    """--png writes one, whatever the file is called; a place that is none is named."""
+    """--png writes one; a place that is none is named."""
     make_data(tmp_path, "simple_spread", "expert", 250, 0)
     folder = tmp_path / "simple_spread/expert/seed_0_data"
-    card.main(card.Args(folder, png=tmp_path / "returns"))
-    assert (tmp_path / "returns").read_bytes().startswith(b"\x89PNG")
+    card.main(card.Args(folder, png=tmp_path / "returns.PNG"))
+    assert (tmp_path / "returns.PNG").read_bytes().startswith(b"\x89PNG")
     message = refusal(card.main, card.Args(folder, png=tmp_path / "nowhere/returns.png"))
     assert str(tmp_path / "nowhere") in message
+
+
+def test_picture_replaces_no_data(dataset, capsys):
+    """A file that is none of a picture, by its name, is left as it is, and no card is made."""
+    path = dataset[0] / "acs_0.npy"
+    before = path.read_bytes()
+    assert str(path) in refusal(card.main, card.Args(dataset[0], png=path))
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out == ""
 
 
 def test_without_matplotlib(dataset, monkeypatch, tmp_path, capsys):
     """It is needed for the picture alone."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     card.main(card.Args(dataset[0]))
-    assert "pip install matplotlib" in refusal(card.main, card.Args(dataset[0], png=tmp_path / "x"))
+    args = card.Args(dataset[0], png=tmp_path / "x.png")
+    assert "pip install matplotlib" in refusal(card.main, args)
+
+
+def test_terminal_without_the_sign(dataset):
+    """A terminal that is ASCII shows another one for it."""
+    command = [sys.executable, ROOT / "data/card.py", dataset[0]]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert " ? " in run.stdout
 
 
 def test_command_line(dataset, tmp_path):

@@ -121,8 +121,10 @@ BAD_FILES = {
     "complex": ("rews_2", replace(np.zeros(60, complex)), "not an array of numbers"),
     "NaN": ("obs_1", put(np.nan), "NaN or infinite"),
     "infinite": ("rews_2", put(-np.inf), "NaN or infinite"),
-    "too large for float32": ("rews_0", change(lambda x: x + 1e300), "NaN or infinite"),
+    "too large for float32": ("rews_0", replace(np.full(60, 1e300)), "NaN or infinite"),
     "actions out of range": ("acs_2", put(1.5), "outside [-1, 1]"),
+    "done below 0": ("dones_0", put(-7), "outside [0, 1]"),
+    "done above 1": ("dones_2", put(255), "outside [0, 1]"),
     "truncated": ("obs_2", cut, "cannot be read"),
     "damaged header": ("obs_2", damage, "cannot be read"),
     "pickled": ("acs_0", replace(np.array([None] * 60)), "cannot be read"),
@@ -133,7 +135,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a warning would be a second line
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_file_is_refused(case, make_data, tmp_path):
     """One line names the file, and what is wrong with it or was expected."""
@@ -180,6 +182,18 @@ def test_missing_dataset_with_a_collector_that_fails(place, monkeypatch, tmp_pat
     assert "collect_mpe.py could not" in refusal(load, tmp_path / "x", "simple_tag", "medium", 3)
     options = ["--task", "simple_tag", "--quality", "medium", "--seed", "3"]
     assert str([*options, "--data-dir", str(tmp_path / "x")]) in capfd.readouterr().out
+
+
+def test_missing_dataset_made_by_another_process(make_data, monkeypatch, tmp_path):
+    """A collector that fails because the data are there by now is no failure."""
+    monkeypatch.setattr(om2p_mpe, "__file__", str(tmp_path / "om2p_mpe.py"))
+    make_data(tmp_path / "x", "simple_spread", "medium", seed=3)
+    done, place = tmp_path / "x/simple_spread", tmp_path / "data"
+    done.rename(tmp_path / "made")
+    place.mkdir()
+    code = f"import pathlib, sys; pathlib.Path({str(tmp_path / 'made')!r}).rename({str(done)!r})"
+    (place / "collect_mpe.py").write_text(f"{code}; sys.exit(1)")
+    assert load(tmp_path / "x", "simple_spread", "medium", 3)["obs"].shape == (3, 500, 18)
 
 
 def test_missing_dataset_is_made(tmp_path):

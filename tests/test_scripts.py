@@ -7,6 +7,7 @@ rest happens in this process, where a second run costs a tenth of a second inste
 import ast
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import get_origin
@@ -356,6 +358,57 @@ def test_other_run_between_stop_and_resume_is_kept(script, train, two_seeds, mon
     assert [row["step"] for row in metrics(two_seeds.folders[1])] == ["3", "6"]
 
 
+def kept_policies(folder) -> list[bytes]:
+    """All results of a script, also those that were moved aside."""
+    return sorted(path.read_bytes() for path in folder.parent.rglob("policy.pt"))
+
+
+def test_joint_run_does_not_take_over_a_later_one(train, two_seeds):
+    """Seed 1 trained anew after both, then both resumed, which are finished: all three are kept."""
+    two_seeds()
+    joint = metrics(two_seeds.folders[1])
+    train(seed=1, data_dir=two_seeds.data, learning_rate=1e-3)
+    before = kept_policies(train.folder)
+    two_seeds(resume=True)
+    assert set(kept_policies(train.folder)) == set(before)
+    assert len(set(before)) == 3
+    assert metrics(two_seeds.folders[1]) == joint
+
+
+def stopped(function, module, monkeypatch, at: int, **changes):
+    """Call a training that ends by SIGTERM at its update `at`."""
+    policy_loss, calls = module.policy_loss, []
+
+    def stop_there(*args):
+        calls.append(None)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return policy_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "policy_loss", stop_there)
+        with pytest.raises(SystemExit, match="--resume goes on"):
+            function(**changes)
+
+
+@pytest.mark.parametrize("first", ["joint", "alone"])
+def test_stopped_runs_do_not_go_on_in_one_another(first, train, two_seeds, monkeypatch):
+    """Both stopped and seed 1 stopped alone, in either order: each ends with its own result."""
+    alone = {"seed": 1, "data_dir": two_seeds.data}
+    stopped(two_seeds, train.module, monkeypatch, 4)
+    stopped(train, train.module, monkeypatch, 4, **alone)
+    if first == "joint":
+        two_seeds(resume=True)
+        train(resume=True, **alone)
+    else:
+        train(resume=True, **alone)
+        two_seeds(resume=True)
+    joint = (two_seeds.folders[0] / "policy.pt").read_bytes()
+    results = kept_policies(train.folder)
+    assert len(set(results)) == len(results) == 3
+    assert joint in results
+
+
 def test_seeds_of_different_lengths_are_refused(script, two_seeds):
     """Data of different numbers of transitions cannot be one tensor: a line says what to do."""
     shutil.rmtree(two_seeds.data / script.task / "expert/seed_1_data")
@@ -563,10 +616,20 @@ def test_resume_with_other_settings_is_refused(change, train):
     assert (train.folder / "checkpoint.pt").read_bytes() == before
 
 
+def flip(data: bytes) -> bytes:
+    """The same bytes, but for one bit of the largest member of a zip archive."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    member = max(archive.infolist(), key=lambda info: info.file_size)
+    with archive.open(member) as file:
+        place = data.index(file.read()) + member.file_size // 2
+    return data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :]
+
+
 BAD_CHECKPOINTS = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<html>404: Not Found</html>\n"),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:2_000]),
+    "one bit": lambda path: path.write_bytes(flip(path.read_bytes())),
     "something else": lambda path: torch.save({"step": 3}, path),
     "code": lambda path: torch.save({"step": Code(path.parent / "executed")}, path),
 }
@@ -581,9 +644,29 @@ def test_broken_checkpoint_falls_back(case, run, train, capsys):
     train(resume=True)
     warning = f"warning: {train.folder / 'checkpoint.pt'} is broken"
     assert capsys.readouterr().err.startswith(warning)
+    assert (train.folder / "checkpoint.broken").exists()
     assert same(weights(train.folder), weights(run.folder))
     assert metrics(train.folder) == metrics(run.folder)
     assert not (train.folder / "executed").exists()
+
+
+def test_fallback_keeps_the_whole_checkpoint(run, train, monkeypatch):
+    """Killed while it writes the next one: the broken one has not taken the place of the whole."""
+    train()
+    (train.folder / "checkpoint.pt").write_bytes(b"broken")
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("checkpoint.pt"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(train.module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(resume=True)
+    monkeypatch.undo()
+    train(resume=True)
+    assert same(weights(train.folder), weights(run.folder))
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)

@@ -1,7 +1,9 @@
 """What training does: repeatable, undisturbed by evaluation, and right on data with two modes."""
 
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -273,6 +275,29 @@ def test_divergence_stops_the_run(train, monkeypatch, tmp_path, value):
     checkpoint = load_checkpoint(tmp_path / "run-0")
     assert checkpoint["progress"]["step"] == 3
     assert all(value.isfinite().all() for value in checkpoint["states"]["policy"].values())
+
+
+@pytest.mark.parametrize("when", ["a signal", "the end"])
+def test_weights_that_are_not_numbers_are_not_saved(train, monkeypatch, tmp_path, when):
+    """NaN in a gradient alone ends the run before it is evaluated or saved."""
+    calls, real = [], om2p_mpe.policy_loss
+    last = {"a signal": 5, "the end": 6}[when]
+
+    def broken(policy, *inputs):
+        calls.append(None)
+        loss, parts = real(policy, *inputs)
+        if len(calls) == last:
+            if when == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            weights = next(policy.parameters())  # sqrt has an infinite slope at 0
+            loss = loss + (weights - weights.detach()).abs().sqrt().sum()
+        return loss, parts
+
+    monkeypatch.setattr(om2p_mpe, "policy_loss", broken)
+    with pytest.raises(SystemExit, match=f"not finite at update {last}: training has diverged"):
+        train()
+    assert load_checkpoint(tmp_path / "run-0")["progress"]["step"] == 3
+    assert not list(tmp_path.rglob("policy.pt"))
 
 
 def train_policy(modes, critic, q_weight, updates, **settings):
