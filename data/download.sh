@@ -55,8 +55,8 @@ SEED     0 to 4, default 0
 
 A dataset goes to DIR/TASK/QUALITY/seed_SEED_data/, a prey to DIR/TASK/pretrained_adv_model.pt, an
 archive, unpacked, to DIR/og-marl/TASK/. What is there is left as it is. A download that was stopped
-goes on when the command is repeated. Checksums are noted in SHA256SUMS in DIR/TASK and DIR/og-marl,
-and later downloads have to agree with them.
+goes on when the command is repeated, or begins anew if the file has changed. Checksums are noted in
+SHA256SUMS in DIR/TASK and DIR/og-marl, and later downloads have to agree with them.
 
 Environment: OM2P_DATA_URL      address of a mirror, in place of https://huggingface.co and
                                 https://raw.githubusercontent.com
@@ -98,14 +98,26 @@ whole_array() { # file: is it as long as its .npy header says? An error page has
     (($(wc -c <"$1") == $(head -c 4096 "$1" | head -n 1 | wc -c) + width * BASH_REMATCH[1]))
 }
 
-safe_archive() { # file: can it be read, and does no name in it lead out of the folder?
+safe_archive() { # file: is all in it as it was packed, and does no name lead out of the folder?
     python3 - "$1" <<'END'
 import sys, zipfile
-for name in zipfile.ZipFile(sys.argv[1]).namelist():
+archive = zipfile.ZipFile(sys.argv[1])
+for name in archive.namelist():
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         sys.exit(f"the name {name!r} in it leads out of the folder")
+if not archive.namelist():
+    sys.exit("the archive is empty")
+if name := archive.testzip():
+    sys.exit(f"{name!r} in it is damaged")
 END
+}
+
+mixed() { # headers of all requests for a part: are its bytes of more than one version of the file?
+    awk '/^ *HTTP\// { sent = $2 ~ /^20/ } { sub("\r$", ""); key = tolower($1); $1 = "" }
+        sent && key ~ /^(etag|last-modified):$/ && !seen[key, $0]++ { versions[key]++ }
+        END { exit (versions["etag:"] ? versions["etag:"] : versions["last-modified:"]) < 2 }' \
+        "$1"
 }
 
 request() { # URL, file: one transfer, from where the file ends; prints headers and complaints
@@ -115,32 +127,45 @@ request() { # URL, file: one transfer, from where the file ends; prints headers 
         if [[ -t 2 ]]; then curl --progress-bar "$@"; else curl --silent --show-error "$@" 2>&1; fi
     else
         set -- --tries=1 --timeout="$timeout" --continue --server-response \
-            --output-file=/dev/stdout --output-document="$2" "$1"
+            --append-output=/dev/stdout --output-document="$2" "$1"
         if [[ -t 2 ]]; then wget --no-verbose --show-progress "$@"; else wget --no-verbose "$@"; fi
     fi
 }
 
 download() { # URL, file: all of it, in several attempts; sets announced, the host's sha256 of it
-    local delay report status code reason advice="repeat the command to go on, or "
+    local delay size known report status code reason advice="repeat the command to go on, or "
     for delay in $delays none; do
-        status=0
-        report=$(request "$1" "$2" | tr -d '\r') || status=$?
+        status=0 size=0
+        [[ ! -s $2 ]] || size=$(($(wc -c <"$2")))
+        { : >>"$2.headers"; } 2>/dev/null || die "$2.headers cannot be written"
+        known=$(wc -c <"$2.headers")
+        # In a file before the bytes are, they tell a later call the version even if this is killed
+        request "$1" "$2" >>"$2.headers" || status=$?
+        report=$(tail -c +$((known + 1)) "$2.headers" | tr -d '\r')
         code=$(sed -n 's/^ *HTTP\/[0-9.]* \([0-9]*\).*/\1/p' <<<"$report" | tail -n 1)
         # Hugging Face tells the sha256 of large files in this header
         announced=$(grep -i '^ *x-linked-etag: ' <<<"$report" | grep -oE '[0-9a-f]{64}') || true
-        if ((status == 0)) && [[ $code != 416 ]]; then return; fi
         reason="$tool's exit status $status"
         [[ $report != *"curl: ("* ]] || reason="curl: (${report##*curl: (}"
         ((${code:-0} < 400)) || reason="HTTP $code"
+        if mixed "$2.headers"; then
+            rm -f "$2" && reason="the file has changed on the host" code="" status=0
+        elif ((status == 0)) && [[ $code != 416 ]]; then
+            return
+        fi
         case $code,$tool,$status in
             408,* | 429,*) ;;
             416,*) # nothing comes after the part: it is the whole file, or of another one
-                [[ $report$'\n' != *"bytes */$(($(wc -c <"$2")))"$'\n'* ]] || return 0
+                [[ $size == 0 || $report$'\n' != *"bytes */$size"$'\n'* ]] || return 0
                 rm -f "$2"
                 ;;
             200,curl,33) rm -f "$2" ;; # the host sends whole files only
-            4*,* | *,curl,23 | *,wget,3) advice="" && break ;; # there is no such file, or no room
+            206,curl,33 | 206,wget,4) # other bytes than those after the part, or cut again
+                [[ $report == *" bytes $size-"* ]] || rm -f "$2"
+                ;;
+            4*,* | *,curl,23 | *,wget,3) advice="" delay=none ;; # there is no such file, or no room
         esac
+        [[ -s $2 ]] || rm -f "$2.headers" # where there is no part, any version may come next
         [[ $delay != none ]] || break
         echo "$reason; trying again in $delay s" >&2
         sleep "$delay"
@@ -148,7 +173,7 @@ download() { # URL, file: all of it, in several attempts; sets announced, the ho
     die "$1 could not be fetched ($reason); ${advice}by hand: $by_hand"
 }
 
-refuse() { rm -f "$part" && die "$url: $1; removed again; by hand: $by_hand"; }
+refuse() { rm -f "$part" "$part.headers" && die "$url: $*; removed again; by hand: $by_hand"; }
 
 fetch() { # URL, file, sha256 if known: download and check; only then has it its name
     local url=$1 part=$2.part sums=$root/SHA256SUMS name announced="" noted sum expected
@@ -162,10 +187,17 @@ fetch() { # URL, file, sha256 if known: download and check; only then has it its
     esac
     sum=$(sha256 "$part")
     noted=$(awk -v name="$name" '$2 == name { print $1 }' "$sums" 2>/dev/null) || true
-    for expected in ${3-} $announced $noted; do
+    for expected in ${3-} $announced; do
         [[ $sum == "$expected" ]] || refuse "what came has sha256 $sum, not $expected"
     done
-    [[ -n $noted ]] || echo "$sum  $name" >>"$sums"
+    if [[ -n $noted ]]; then
+        [[ $sum == "$noted" ]] || refuse "what came has sha256 $sum, not $noted" \
+            "as noted in $sums; delete that line if it is wrong"
+    else # on a line of its own, even if the one before was not written to its end
+        [[ -z $(tail -c 1 "$sums" 2>/dev/null) ]] || sum=$'\n'$sum
+        { echo "$sum  $name" >>"$sums"; } 2>/dev/null || die "$sums cannot be written"
+    fi
+    rm -f "$part.headers"
     mv "$part" "$2"
 }
 
@@ -174,8 +206,13 @@ publish() { # temporary, final folder
     mv "$1" "$2"
 }
 
+make() { # folder
+    local report
+    report=$(mkdir -p "$1" 2>&1) || die "$1 cannot be made: ${report##*: }"
+}
+
 enter() { # folder: make it, and have one download at a time in it
-    mkdir -p "$1" || die "$1 cannot be made"
+    make "$1"
     command -v flock >/dev/null || return 0
     # curl holds this lock too. Should the script be killed alone, the next one then waits for that
     # curl to end, and two never write to one part. File systems without locks do without.
@@ -198,6 +235,10 @@ done
 set -- ${words[@]+"${words[@]}"}
 
 delays=${OM2P_RETRY_DELAYS-1 2 4 8 16} timeout=${OM2P_TIMEOUT:-60} failed=0
+[[ $timeout != *[!0-9]* ]] || misuse "OM2P_TIMEOUT is whole seconds, not '$timeout'"
+for delay in $delays; do
+    [[ $delay =~ ^[0-9]*[.]?[0-9]+$ ]] || misuse "OM2P_RETRY_DELAYS is seconds, not '$delays'"
+done
 if command -v curl >/dev/null; then tool=curl; else tool=wget; fi
 command -v "$tool" >/dev/null || die "there is neither curl nor wget"
 again=("$BASH" "${BASH_SOURCE[0]}" --data-dir "$data") # one failure does not stop the others
@@ -220,12 +261,13 @@ case "${1-},${2-prey}" in
         by_hand="https://huggingface.co$og_marl, unpacked to $folder/"
         enter "$root"
         if [[ ! -e $folder ]]; then
-            mkdir -p "$folder.tmp"
+            make "$folder.tmp"
             fetch "${hub%/}$og_marl/resolve/main/prior_work/omar/$archive" "$folder.tmp/archive.zip"
             echo "unpacking"
             rm -rf "$folder.tmp/unpacked" # of a call that was stopped
             report=$(python3 -m zipfile -e "$folder.tmp/archive.zip" "$folder.tmp/unpacked" 2>&1) ||
-                die "$folder.tmp/archive.zip cannot be unpacked: ${report##*$'\n'}"
+                die "$folder.tmp/archive.zip cannot be unpacked: ${report##*$'\n'};" \
+                    "make room, or remove it to have it fetched anew"
             publish "$folder.tmp/unpacked" "$folder"
         fi
         rm -rf "$folder.tmp"
@@ -259,7 +301,7 @@ case "${1-},${2-prey}" in
             done
             [[ ! -e $folder/card.json ]] || made=", made here; move it away to fetch it"
         else
-            mkdir -p "$folder.tmp"
+            make "$folder.tmp"
             url=${hub%/}$datasets/resolve/main/$public/$2/seed_${3-0}_data
             for name in $files; do fetch "$url/$name" "$folder.tmp/$name"; done
             publish "$folder.tmp" "$folder"

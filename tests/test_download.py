@@ -15,7 +15,9 @@ import subprocess
 import threading
 import time
 import zipfile
+import zlib
 from collections import defaultdict
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -72,6 +74,12 @@ class Request(BaseHTTPRequestHandler):
             return self.answer(416, PAGE, Content_Range=f"bytes */{len(body)}")
         span = f"bytes {start}-{len(body) - 1}/{len(body)}"
         headers = {"Content_Range": span} if start else {}
+        if plan == "wrong range" and start:
+            headers["Content_Range"] = span.replace(str(start), str(start + 1), 1)
+        if host.versions == "ETag":
+            headers["ETag"] = f'"{zlib.crc32(body)}"'
+        elif host.versions == "Last-Modified":
+            headers["Last_Modified"] = formatdate(zlib.crc32(body), usegmt=True)
         if plan == "no length":
             headers["Content_Length"] = None
         self.answer(206 if start else 200, body[start:], plan, **headers)
@@ -105,6 +113,7 @@ class Host(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
         self.files, self.plans, self.requests = {}, defaultdict(list), []
+        self.versions = "ETag"  # what tells versions of a file apart, "ETag" or "Last-Modified"
         self.reached, self.go = threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.data = Path()
@@ -408,6 +417,24 @@ def test_mistakes(words, about, host, download):
     assert list(host.data.iterdir()) == [host.data / "download.sh"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OM2P_RETRY_DELAYS", "soon"),
+        ("OM2P_RETRY_DELAYS", "1 -1"),
+        ("OM2P_RETRY_DELAYS", "1.2.3"),
+        ("OM2P_TIMEOUT", "1 min"),
+    ],
+)
+def test_mistakes_in_the_environment(name, value, host, download):
+    """What is no number of seconds is said to be none before anything is asked for."""
+    process = download("simple_tag", **{name: value})
+    assert name in failure(process, status=2)
+    assert f"'{value}'" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert asked(host) == []
+
+
 def test_help_and_list(download, host):
     """Help names all that the script reads from outside; the list has a row for every task."""
     text = success(download("--help"))
@@ -461,6 +488,7 @@ def test_errors_that_do_not_pass(tool, host, download):
     host.plans[PREY] = [503] * 9
     message = failure(download("simple_tag", tool=tool, OM2P_RETRY_DELAYS="0 0.01 0"))
     assert asked(host) == [PREY] * 4
+    assert not [*host.data.rglob("*.headers")]
     assert f"{host.url}{PREY} could not be fetched (HTTP 503); repeat the command" in message
     assert "by hand: https://drive.google.com/drive/folders/1BQEXoMHYOpKOlDKeuYo" in message
     assert f"to {host.data.name}/simple_tag/pretrained_adv_model.pt" in message.replace(
@@ -541,6 +569,55 @@ def test_host_without_ranges(tool, host, download, prey):
 
 
 @BOTH
+def test_host_of_wrong_ranges(tool, host, download, prey):
+    """Other bytes than those that were asked for are not appended; the file is fetched again."""
+    host.plans[PREY] = ["cut", "wrong range"]
+    assert download("simple_tag", tool=tool).returncode == 0
+    half = f"bytes={len(prey) // 2}-"
+    assert host.requests == [(PREY, None), (PREY, half), (PREY, None)]
+    assert (host.data / "simple_tag/pretrained_adv_model.pt").read_bytes() == prey
+
+
+@BOTH
+def test_connection_cut_twice(tool, host, download, prey):
+    """What came of the rest is kept too."""
+    host.plans[PREY] = ["cut", "cut"]
+    assert download("simple_tag", tool=tool).returncode == 0
+    half = len(prey) // 2
+    ranges = [None, f"bytes={half}-", f"bytes={half + (len(prey) - half) // 2}-"]
+    assert host.requests == [(PREY, part) for part in ranges]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("versions", "plan"), [("ETag", ""), ("Last-Modified", ""), ("ETag", "no ranges")]
+)
+def test_file_that_changes_in_between(versions, plan, tool, host, download, arrays):
+    """The rest of another version of the same length is not appended; the file is fetched again."""
+    paths = offer(host, arrays, "HalfCheetah-2x3")
+    host.versions, host.plans[paths[0]] = versions, ["cut", plan]
+    failure(download("HalfCheetah-2x3", "expert", tool=tool, OM2P_RETRY_DELAYS=""))
+    changed = host.files[paths[0]][:-1000] + bytes(1000)
+    host.files[paths[0]] = changed
+    process = download("HalfCheetah-2x3", "expert", tool=tool)
+    assert process.returncode == 0
+    assert process.stderr == "the file has changed on the host; trying again in 0 s\n"
+    first = [(paths[0], None), (paths[0], f"bytes={len(changed) // 2}-"), (paths[0], None)]
+    assert host.requests == first + [(path, None) for path in paths[1:]]
+    folder = host.data / "HalfCheetah-2x3/expert/seed_0_data"
+    assert (folder / "obs_0.npy").read_bytes() == changed
+    assert len(remains(folder)) == len(paths)
+
+
+def test_no_part_to_go_on_from(host, download):
+    """416 to a request for the whole file is an error like others."""
+    host.plans[PREY] = [416]
+    process = download("simple_tag")
+    assert process.returncode == 0
+    assert process.stderr == "HTTP 416; trying again in 0 s\n"
+
+
+@BOTH
 @pytest.mark.parametrize("size", ["whole", "too long"])
 def test_part_with_nothing_after_it(size, tool, host, download, prey):
     """A whole part is kept as it is; one that is too long is fetched again."""
@@ -565,11 +642,31 @@ def test_no_room(tool, host, download):
     assert asked(host) == [PREY]
 
 
-def test_no_folder(host, download):
-    """A folder that cannot be made is named."""
-    (host.data / "simple_spread").write_text("a file")
-    assert "simple_spread/expert cannot be made" in failure(download("simple_spread", "expert"))
+@pytest.mark.parametrize(
+    ("words", "folder", "file"),
+    [
+        (["simple_spread", "expert"], "simple_spread/expert", "simple_spread"),
+        (["simple_spread", "expert"], *["simple_spread/expert/seed_0_data.tmp"] * 2),
+        (["og-marl", "simple_tag"], *["og-marl/simple_tag.tmp"] * 2),
+    ],
+)
+def test_no_folder(words, folder, file, host, download):
+    """A folder that cannot be made is named, in one line."""
+    (host.data / file).parent.mkdir(parents=True, exist_ok=True)
+    (host.data / file).write_text("a file")
+    process = download(*words)
+    assert f"{folder} cannot be made: " in failure(process)
+    assert process.stderr.count("\n") == 1
     assert asked(host) == []
+
+
+@pytest.mark.parametrize("name", ["pretrained_adv_model.pt.part.headers", "SHA256SUMS"])
+def test_file_that_cannot_be_written(name, host, download):
+    """It is named, in one line."""
+    (host.data / "simple_tag" / name).mkdir(parents=True)
+    process = download("simple_tag")
+    assert f"simple_tag/{name} cannot be written" in failure(process)
+    assert process.stderr.count("\n") == 1
 
 
 # What is not what it should be
@@ -657,6 +754,7 @@ def test_wrong_checksum_of_the_host(host, download, arrays):
     host.files["/cdn"] = bytes([*whole, last ^ 1])
     message = failure(download("HalfCheetah-2x3", "expert"))
     assert f"not {announced}" in message
+    assert "SHA256SUMS" not in message
     assert remains(host.data) == set()
 
 
@@ -670,10 +768,25 @@ def test_changed_file(host, download, arrays):
     file = host.files[paths[1]]
     host.files[paths[1]] = file[:-1] + bytes([file[-1] ^ 1])
     message = failure(download("HalfCheetah-2x3", "expert"))
-    assert f"not {hashlib.sha256(file).hexdigest()}" in message
+    place = f"{host.data}/HalfCheetah-2x3/SHA256SUMS; delete that line if it is wrong"
+    assert f"not {hashlib.sha256(file).hexdigest()} as noted in {place}" in message
     host.files[paths[1]] = file
     success(download("HalfCheetah-2x3", "expert"))
     assert (host.data / "HalfCheetah-2x3/SHA256SUMS").read_text() == sums
+
+
+def test_part_written_note(host, download, arrays):
+    """A line of SHA256SUMS that was not written to its end does not spoil the next one."""
+    paths = offer(host, arrays, "HalfCheetah-2x3")
+    sums = host.data / "HalfCheetah-2x3/SHA256SUMS"
+    sums.parent.mkdir()
+    sums.write_text("abcdef")
+    for _ in range(2):
+        success(download("HalfCheetah-2x3", "expert"))
+        shutil.rmtree(host.data / "HalfCheetah-2x3/expert")
+    assert [len(line) > 64 for line in sums.read_text().splitlines()] == [False] + [True] * len(
+        paths
+    )
 
 
 # What is there already
@@ -713,9 +826,15 @@ def test_another_prey(host, download):
 # Stops
 
 
-@pytest.mark.parametrize(("number", "kind"), [(0, "SIGKILL"), (8, "SIGKILL"), (5, "SIGINT")])
-def test_killed(number, kind, host, command, download, arrays):
-    """Stopped in a file, a download leaves no dataset, and the next one goes on from that byte."""
+@pytest.mark.parametrize(
+    ("number", "kind", "changes"),
+    [(0, "SIGKILL", False), (8, "SIGKILL", True), (5, "SIGINT", False), (1, "SIGINT", True)],
+)
+def test_killed(number, kind, changes, host, command, download, arrays):
+    """Stopped in a file, a download leaves no dataset, and the next one goes on from that byte.
+
+    If the file has changed meanwhile, it comes anew.
+    """
     paths = offer(host, arrays, "HalfCheetah-2x3")
     host.plans[paths[number]] = ["wait"]
     options = command("HalfCheetah-2x3", "expert")
@@ -737,11 +856,13 @@ def test_killed(number, kind, host, command, download, arrays):
     size = part.stat().st_size
     assert 0 < size < len(host.files[paths[number]])
     host.requests.clear()
-    success(download("HalfCheetah-2x3", "expert"))
-    rest = [(path, None) for path in paths[number + 1 :]]
+    if changes:
+        host.files[paths[number]] = host.files[paths[number]][:-1000] + bytes(1000)
+    assert download("HalfCheetah-2x3", "expert").returncode == 0
+    rest = [(path, None) for path in paths[number + (not changes) :]]
     assert host.requests == [(paths[number], f"bytes={size}-"), *rest]
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files == arrays["HalfCheetah-2x3"]
+    assert files == {Path(path).name: host.files[path] for path in paths}
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="there are no locks without flock")
@@ -834,11 +955,16 @@ def test_archive(task, path, host, download):
         make_archive("good/.."),
         PAGE,
         make_archive("good")[:-8],
+        make_archive(),
+        make_archive("good").replace(b"content of good", b"damage to  good"),
     ],
-    ids=["..", "inside", "absolute", "backslash", "drive", "end", "page", "short"],
+    ids=["..", "inside", "absolute", "backslash", "drive", "end", "page", "short", "empty", "CRC"],
 )
 def test_bad_archive(archive, host, download):
-    """One with names that lead elsewhere, or none at all, is refused whole and not kept."""
+    """One that is damaged, or with names that lead elsewhere or none, is refused whole.
+
+    Nothing of it is kept or noted, so that a good one can come after it.
+    """
     path = f"{ARCHIVES}/mpe/simple_tag.zip"
     host.files[path] = archive
     message = failure(download("og-marl", "simple_tag"))
@@ -846,15 +972,17 @@ def test_bad_archive(archive, host, download):
     assert "by hand: https://huggingface.co/datasets/InstaDeepAI/og-marl" in message
     assert ("leads out of the folder" in message) == (b"bad" in archive or b"good/.." in archive)
     assert remains(host.data.parent) == {"data/download.sh"}
-    assert asked(host) == [path]
+    host.files[path] = make_archive("good")
+    success(download("og-marl", "simple_tag"))
+    assert asked(host) == [path, path]
+    assert remains(host.data) == {"og-marl/SHA256SUMS", "og-marl/simple_tag/good"}
 
 
-def test_damaged_archive(host, download):
-    """One whose content does not fit its own checksums ends in one line."""
-    archive = make_archive("good")
-    path = f"{ARCHIVES}/mpe/simple_tag.zip"
-    host.files[path] = archive.replace(b"content of good", b"content is bad.")
+def test_archive_that_cannot_be_unpacked(host, download):
+    """A file and a folder of one name end in one line; the archive is kept."""
+    host.files[f"{ARCHIVES}/mpe/simple_tag.zip"] = make_archive("good", "good/file")
     message = failure(download("og-marl", "simple_tag"))
     assert "archive.zip cannot be unpacked: " in message
-    assert "CRC" in message
+    assert "remove it to have it fetched anew" in message
     assert not (host.data / "og-marl/simple_tag").exists()
+    assert (host.data / "og-marl/simple_tag.tmp/archive.zip").exists()
