@@ -210,9 +210,9 @@ def test_policys_step_size_goes_down(train, monkeypatch):
     monkeypatch.setattr(om2p_mpe, "adam", watched_adam)
     monkeypatch.setattr(om2p_mpe, "policy_loss", watched_loss)
     train(num_updates=4, learning_rate=0.01)
-    policys, critics = zip(*step_sizes, strict=True)
-    assert policys == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
-    assert critics == pytest.approx([0.01] * 4)
+    of_policy, of_critic = zip(*step_sizes, strict=True)
+    assert of_policy == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert of_critic == pytest.approx([0.01] * 4)
 
 
 def test_tf32_is_pytorchs_setting(train):
