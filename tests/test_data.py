@@ -388,7 +388,7 @@ def test_loading_needs_little_memory(tmp_path):
         folder = tmp_path / "simple_spread" / quality / "seed_0_data"
         folder.mkdir(parents=True)
         for name, width in widths.items():
-            array = np.random.default_rng(0).uniform(-1, 1, (rows, *width))
+            array = np.random.default_rng(0).uniform(0, 1, (rows, *width))
             for i in range(3):
                 np.save(folder / f"{name}_{i}.npy", array)
     ratio = subprocess.run(
