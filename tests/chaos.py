@@ -8,7 +8,7 @@ killed while they write datasets: what is left is nothing or the whole. A full d
 where one can be mounted, else a limit on the size of files) ends a run with one line, and with
 room it goes on. Of two runs started on one run directory one is refused.
 
-Outside of the quick test suite; a kill takes some five seconds. The table goes to
+Outside of the quick test suite; a kill takes some ten seconds. The table goes to
 benchmark/results/chaos.csv and from there into the README by benchmark/report.py.
 """
 
