@@ -229,14 +229,15 @@ def results_line(method: str) -> str:
     for suite in (suite for suite in DATASETS if (RESULTS / f"{suite}.csv").exists()):
         cells, _, names = suite_cells(suite)
         if method not in names:
-            text += f" none yet on {', '.join(dict(DATASETS[suite]))}."
+            text += f" None yet on {', '.join(dict(DATASETS[suite]))}."
             continue
         scores = {d: mean(numbers(cells[method, *d], "score")) for d in DATASETS[suite]}
         tasks = (
             f"{task} {' / '.join(scores[task, quality] for quality in QUALITIES)}"
             for task in dict(DATASETS[suite])
         )
-        text += f" {', '.join(tasks)}; average {estimate(averages(cells, method, suite))}."
+        average = estimate(averages(cells, method, suite))
+        text += f" {', '.join(tasks)}" + ("." if average == "-" else f"; average {average}.")
     return text
 
 
