@@ -125,7 +125,7 @@ class Args:
     cql_samples: int = 10
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative
-    q_weight: float = 8.0
+    q_weight: float = 2.0
     """weight of the Q term against the diffusion loss, 0 or more; eta in the paper"""
     # region args_dom2
     solver_steps: int = 5
