@@ -91,6 +91,7 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "variant q-weight": ("no-derivative 2",),
     "flow-ratio": ("0", "0.75", "1"),
     "time-alpha time-beta": ("0.5 1", "1 1", "2 2"),
+    "time-alpha q-weight": ("0.2 16",),
     "q-weight": ("0",),
 }
 
