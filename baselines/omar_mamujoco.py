@@ -1,12 +1,13 @@
 """OMAR (Pan et al., 2022, arxiv.org/abs/2111.11188) on multi-agent MuJoCo.
 
 Every agent has a deterministic policy and twin critics of conservative Q-learning (CQL, Kumar et
-al., 2020, arxiv.org/abs/2006.04779), which value recorded actions above others. The policy climbs
-its critic, and imitates the best action that a zeroth-order search over the critic finds.
+al., 2020, arxiv.org/abs/2006.04779), which value recorded actions above others: uniform ones and,
+other than on the particle environments, the policy's own. The policy climbs its critic, and
+imitates the best action that a zeroth-order search over the critic finds.
 
-    a_pi = tanh(mu(o))                                                       the action
-    L_Q = TD + cql_alpha (log sum_j exp Q(o, a_j) - Q(o, a_data))            a_j uniform, j = 1..10
-    a* = best of a_pi and the last samples of a search over Q_1              see `search`
+    a_pi = tanh(mu(o))                                                        the action
+    L_Q = TD + cql_alpha (log sum_j exp(Q(o, a_j) - log p(a_j)) - Q(o, a_data))
+    a* = best of a_pi and the last samples of a search over Q_1               see `search`
     L = omar_coe || a_pi - a* ||^2 - (1 - omar_coe) E[Q_1(o, a_pi)] + 1e-3 E[a_pi^2]
 
 `--omar-coe 0` is MA-CQL.
@@ -15,9 +16,9 @@ Differences from the paper and its code: 1. the agents' gradients are not clippe
 divided by their standard deviation, which also puts the two terms of L and of L_Q on one scale for
 all tasks, so that one pair (omar_coe, cql_alpha) serves all datasets, where the paper tunes a pair
 for each; 3. networks, step sizes and batches are those of om2p_mamujoco.py, which see (the paper:
-256 x 2, 3e-4, 256); 4. search and conservative term are those of the particle environments (the
-code's for HalfCheetah: a cross-entropy search, 2 rounds of 20 samples with 5 elites, and the
-policy's actions at o and o', with noise, beside the uniform ones).
+256 x 2, 3e-4, 256); 4. the search is that of the particle environments (the code's for
+HalfCheetah: a cross-entropy search, 2 rounds of 20 samples with 5 elites); 5. from Q of the
+policy's sampled actions the log of their density is subtracted (the code: the density).
 
 Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
 E critics, J sampled actions, K episodes, T transitions.
@@ -123,6 +124,8 @@ class Args:
     cql_samples: int = 10
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative
+    cql_noise: float = 0.2
+    """standard deviation of the noise on the policy's actions in the conservative term, > 0"""
     # region args_omar
     omar_coe: float = 0.7
     """share of imitating the search's action against climbing the critic, 0 to 1; 0 is MA-CQL"""
@@ -225,7 +228,7 @@ def critic_loss(
 # endregion td
 
 
-# region conservative
+# region q_of_samples
 def q_of_samples(critic: nn.Module, obs: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     """Q of J actions for every observation: (N, B, obs_dim), (J, N, B, D) -> (E, J, N, B)."""
     num_samples, num_agents, batch_size, _ = samples.shape
@@ -234,19 +237,28 @@ def q_of_samples(critic: nn.Module, obs: torch.Tensor, samples: torch.Tensor) ->
     return q.view(-1, num_agents, num_samples, batch_size).transpose(1, 2)
 
 
+# endregion q_of_samples
+
+
 def conservative_term(
-    critic: nn.Module, obs: torch.Tensor, q: torch.Tensor, action_dim: int, num_samples: int
+    critic: nn.Module, policy: nn.Module, batch: dict, q: torch.Tensor, args: Args
 ) -> torch.Tensor:
-    """log sum_j exp Q(o, a_j) - Q(o, a_data) with uniform a_j (CQL, equation 4).
+    """log sum_j exp(Q(o, a_j) - log p(a_j)) - Q(o, a_data) by importance sampling (CQL).
 
-    Takes the Q of the recorded actions, (E, N, B); mean over the batch, sum over critics, agents.
+    J actions are uniform, J the policy's at o and J the policy's at o', with Gaussian noise; p is
+    the density that each was drawn from. Takes the Q of the recorded actions, (E, N, B); mean over
+    the batch, sum over critics, agents.
     """
-    samples = torch.empty(num_samples, *obs.shape[:-1], action_dim, device=obs.device)
-    others = q_of_samples(critic, obs, samples.uniform_(-1, 1)).logsumexp(dim=1)
-    return (others - q).mean(dim=-1).sum()
-
-
-# endregion conservative
+    uniform = torch.empty(args.cql_samples, *batch["action"].shape, device=q.device).uniform_(-1, 1)
+    noise = torch.randn(2, *uniform.shape, device=q.device)
+    with torch.no_grad():
+        own = torch.stack([policy.act(batch[key]) for key in ("obs", "next_obs")])  # (2, N, B, D)
+    own = (own[:, None] + args.cql_noise * noise).clamp(-1, 1)
+    log_p = -0.5 * noise.square() - math.log(args.cql_noise * math.sqrt(2 * math.pi))
+    log_p = torch.cat([torch.full_like(uniform, math.log(0.5)), *log_p])
+    log_p = (policy.mask * log_p).sum(dim=-1)  # (3 J, N, B)
+    others = q_of_samples(critic, batch["obs"], torch.cat([uniform, *own])) - log_p
+    return (others.logsumexp(dim=1) - q).mean(dim=-1).sum()
 
 
 # region deterministic
@@ -326,8 +338,9 @@ def stop(message: str, problem: Exception | None = None) -> NoReturn:
 # endregion ranges
 
 RANGES |= {"gamma": (0, 1), "tau": (0, 1), "cql_alpha": (0, math.inf), "omar_coe": (0, 1)}
-RANGES |= {"cql_samples": (1, math.inf), "omar_iterations": (1, math.inf)}
-RANGES |= {"omar_samples": (2, math.inf), "omar_sigma": (1e-6, math.inf)}
+RANGES |= {"cql_samples": (1, math.inf), "cql_noise": (1e-6, math.inf)}
+RANGES |= {"omar_iterations": (1, math.inf), "omar_samples": (2, math.inf)}
+RANGES |= {"omar_sigma": (1e-6, math.inf)}
 
 
 # region dataset
@@ -797,7 +810,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
 
         # Critic: one step towards the TD target, and recorded actions above others
         td, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
-        gap = conservative_term(critic, batch["obs"], q, action_dim, args.cql_samples)
+        gap = conservative_term(critic, policy, batch, q, args)
         loss = td + args.cql_alpha * gap
         critic_optimizer.zero_grad()
         loss.backward()

@@ -218,7 +218,7 @@ def critic_loss(
 # endregion td
 
 
-# region conservative
+# region q_of_samples
 def q_of_samples(critic: nn.Module, obs: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     """Q of J actions for every observation: (N, B, obs_dim), (J, N, B, D) -> (E, J, N, B)."""
     num_samples, num_agents, batch_size, _ = samples.shape
@@ -227,15 +227,20 @@ def q_of_samples(critic: nn.Module, obs: torch.Tensor, samples: torch.Tensor) ->
     return q.view(-1, num_agents, num_samples, batch_size).transpose(1, 2)
 
 
+# endregion q_of_samples
+
+
+# region conservative
 def conservative_term(
-    critic: nn.Module, obs: torch.Tensor, q: torch.Tensor, action_dim: int, num_samples: int
+    critic: nn.Module, policy: nn.Module, batch: dict, q: torch.Tensor, args: Args
 ) -> torch.Tensor:
     """log sum_j exp Q(o, a_j) - Q(o, a_data) with uniform a_j (CQL, equation 4).
 
     Takes the Q of the recorded actions, (E, N, B); mean over the batch, sum over critics, agents.
+    The policy's own actions are not lowered; those of omar_mamujoco.py are.
     """
-    samples = torch.empty(num_samples, *obs.shape[:-1], action_dim, device=obs.device)
-    others = q_of_samples(critic, obs, samples.uniform_(-1, 1)).logsumexp(dim=1)
+    samples = torch.empty(args.cql_samples, *batch["action"].shape, device=q.device)
+    others = q_of_samples(critic, batch["obs"], samples.uniform_(-1, 1)).logsumexp(dim=1)
     return (others - q).mean(dim=-1).sum()
 
 
@@ -867,7 +872,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
 
         # Critic: one step towards the TD target, and recorded actions above others
         td, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
-        gap = conservative_term(critic, batch["obs"], q, action_dim, args.cql_samples)
+        gap = conservative_term(critic, policy, batch, q, args)
         loss = td + args.cql_alpha * gap
         critic_optimizer.zero_grad()
         loss.backward()

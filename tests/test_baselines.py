@@ -497,7 +497,7 @@ def test_conservative_term_by_hand(monkeypatch, double):
     batch, calls = make_batch(), spy(monkeypatch, omar, "q_of_samples")
     obs, q = batch["obs"], torch.linspace(-1, 2, 2 * N * B).view(2, N, B)
     q[1] *= 3
-    term = omar.conservative_term(twin, obs, q, D, 7)
+    term = omar.conservative_term(twin, None, batch, q, omar.Args(cql_samples=7))
     ((_, _, samples),) = calls
     assert samples.shape == (7, N, B, D)
     expected = 0.0
@@ -514,7 +514,7 @@ def test_conservative_samples_are_uniform(monkeypatch):
     """Each number of each sampled action is uniform in [-1, 1], drawn by itself."""
     batch, calls = make_batch(2_000), spy(monkeypatch, omar, "q_of_samples")
     torch.manual_seed(0)
-    omar.conservative_term(twin, batch["obs"], torch.zeros(2, N, 2_000), D, 10)
+    omar.conservative_term(twin, None, batch, torch.zeros(2, N, 2_000), omar.Args())
     samples = calls[0][-1].flatten()
     quantiles = samples.quantile(torch.linspace(0, 1, 11))
     torch.testing.assert_close(quantiles, torch.linspace(-1, 1, 11), rtol=0, atol=0.02)
@@ -528,6 +528,7 @@ def test_conservative_term_lowers_other_actions():
     optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
     obs = torch.randn(N, 64, OBS_DIM)
     recorded, others = torch.full((N, 64, D), 0.5), 2 * torch.rand(50, N, 64, D) - 1
+    batch = {"obs": obs, "action": recorded}
 
     def advantage():
         with torch.no_grad():
@@ -536,11 +537,47 @@ def test_conservative_term_lowers_other_actions():
 
     before = advantage()
     for _ in range(60):
-        term = omar.conservative_term(critic, obs, critic(obs, recorded), D, 10)
+        term = omar.conservative_term(critic, None, batch, critic(obs, recorded), omar.Args())
         optimizer.zero_grad()
         term.backward()
         optimizer.step()
     assert (advantage() > before + 1).all()
+
+
+def test_conservative_term_with_own_actions(monkeypatch, double):
+    """On MuJoCo: log sum_j exp(Q - log p), by hand from the actions drawn and their densities.
+
+    Of agent 1's action the second number is padding, which has no density.
+    """
+    module = importlib.import_module("omar_mamujoco")
+    batch, calls = make_batch(2_000), spy(monkeypatch, module, "q_of_samples")
+    mask = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
+    scale = torch.tensor(0.3, requires_grad=True)
+    policy = SimpleNamespace(act=lambda obs: scale * obs[..., :2].tanh(), mask=mask)
+    q = torch.linspace(-1, 2, 2 * N * 2_000).view(2, N, 2_000)
+    args = module.Args(cql_samples=3, cql_noise=0.1)
+    term = module.conservative_term(twin, policy, batch, q, args)
+    ((_, obs, samples),) = calls
+    assert obs is batch["obs"]
+    assert not term.requires_grad  # the policy is not to be moved
+    uniform, *own = samples.chunk(3)
+    assert [part.shape for part in (uniform, *own)] == 3 * [(3, N, 2_000, D)]
+    quantiles = uniform.flatten().quantile(torch.linspace(0, 1, 11))
+    torch.testing.assert_close(quantiles, torch.linspace(-1, 1, 11), rtol=0, atol=0.03)
+    means = [policy.act(batch[key]).detach() for key in ("obs", "next_obs")]
+    normals = [torch.distributions.Normal(mean, 0.1) for mean in means]
+    for actions, normal in zip(own, normals, strict=True):
+        assert actions.abs().max() < 1
+        assert abs(float((actions - normal.mean).mean())) < 0.003
+        assert float((actions - normal.mean).std()) == pytest.approx(0.1, rel=0.03)
+    densities = [torch.full_like(uniform, 0.5)]
+    densities += [
+        normal.log_prob(actions).exp() for actions, normal in zip(own, normals, strict=True)
+    ]
+    densities = torch.where(mask > 0, torch.cat(densities), 1.0).prod(dim=-1)
+    others = twin(batch["obs"], samples).exp() / densities  # (2, J, N, B)
+    expected = (others.sum(dim=1).log() - q).mean(dim=-1).sum()
+    torch.testing.assert_close(term, expected)
 
 
 # DOM2's reweighting
@@ -736,7 +773,7 @@ def test_omar_finds_the_only_action():
     for _ in range(200):
         batch = two_data_sets(64)
         td, q = omar.critic_loss(critic, critic, policy, batch, 0.9, torch.amin)
-        gap = omar.conservative_term(critic, batch["obs"], q, D, 10)
+        gap = omar.conservative_term(critic, policy, batch, q, omar.Args())
         losses = policy_loss("omar", policy, critic, batch), td + 5 * gap
         for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()

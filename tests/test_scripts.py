@@ -483,6 +483,7 @@ OUT_OF_RANGE = [
     *own("flow_ql fql", flow_steps=0),
     *own("bc", learning_rate=-1.0, hidden_dims=(16, 0), seed=-1),
     *own("omar", omar_sigma=math.inf, omar_coe=math.nan),
+    ("omar_mamujoco", "cql_noise", 0.0),
 ]
 
 
