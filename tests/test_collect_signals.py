@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 
 PROGRAM = """
-import os, runpy, sys
+import os, runpy, signal, sys
 import numpy as np
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
 _, function, number, *sys.argv = sys.argv
 original = getattr(np, function)
 
