@@ -6,7 +6,7 @@ other than on the particle environments, the policy's own. The policy climbs its
 imitates the best action that a zeroth-order search over the critic finds.
 
     a_pi = tanh(mu(o))                                                        the action
-    L_Q = TD + cql_alpha (log sum_j exp(Q(o, a_j) - log p(a_j)) - Q(o, a_data))
+    L_Q = TD + cql_alpha (log sum_j exp(Q(o, a_j) - log p(a_j)) - Q(o, a_data))       a_j ~ p
     a* = best of a_pi and the last samples of a search over Q_1               see `search`
     L = omar_coe || a_pi - a* ||^2 - (1 - omar_coe) E[Q_1(o, a_pi)] + 1e-3 E[a_pi^2]
 
@@ -125,7 +125,7 @@ class Args:
     """uniform actions in the conservative term, 1 or more"""
     # endregion args_conservative
     cql_noise: float = 0.2
-    """standard deviation of the noise on the policy's actions in the conservative term, > 0"""
+    """standard deviation of the noise on the policy's actions in that term, > 0"""
     # region args_omar
     omar_coe: float = 0.7
     """share of imitating the search's action against climbing the critic, 0 to 1; 0 is MA-CQL"""

@@ -579,6 +579,10 @@ def test_conservative_term_with_own_actions(monkeypatch, double):
     expected = (others.sum(dim=1).log() - q).mean(dim=-1).sum()
     torch.testing.assert_close(term, expected)
 
+    policy.act = lambda obs: torch.ones_like(obs[..., :2])  # at the edge of the box: none beyond
+    module.conservative_term(twin, policy, batch, q, args)
+    assert calls[1][-1].abs().max() == 1
+
 
 # DOM2's reweighting
 
