@@ -320,18 +320,18 @@ def tune_table(grid: str, suite: str) -> str:
     return f"{markdown(header, table)}\n\n{machine_line(grid)}"
 
 
-def ablation_table() -> str:
-    """Scores of OM2P with one of its ideas changed, in several steps, and of the data.
+def ablation_table(grid: str, suite: str) -> str:
+    """Scores of OM2P with one of its ideas changed, on the MPE in several steps, and of the data.
 
-    The defaults' runs are those of the grid mpe.
+    The defaults' runs are those of the suite's grid.
     """
-    rows = read("ablation.csv")
+    rows = read(f"{grid}.csv")
     datasets = list(group(rows, "task", "quality"))
-    kept = [row for row in read("mpe.csv") if row["method"] == "om2p"]
+    kept = [row for row in read(f"{suite}.csv") if row["method"] == "om2p"]
     changes = {"the defaults": kept}
     for (setting, value), runs in group(rows, "setting", "value").items():
         changes[f"`{change(setting, value)}`"] = runs
-    if (RESULTS / "steps.csv").exists():
+    if suite == "mpe" and (RESULTS / "steps.csv").exists():
         for (steps,), runs in group(read("steps.csv"), "steps").items():
             changes |= {f"the defaults, acting in {steps} steps": runs} if steps != "1" else {}
     table = []
@@ -341,7 +341,18 @@ def ablation_table() -> str:
     cells = group(kept, "task", "quality")
     table.append(("the data", *(mean(numbers(cells[d], "data_score")) for d in datasets)))
     header = ("changed setting", *map(" ".join, datasets))
-    return f"{markdown(header, table)}\n\n{machine_line('ablation')}"
+    return f"{markdown(header, table)}\n\n{machine_line(grid)}"
+
+
+def noise_table() -> str:
+    """HalfCheetah teams that act with less noise or with more: what the noise in the data costs."""
+    table = []
+    for (method, acting), runs in group(read("noise.csv"), "method", "acting").items():
+        cells = group(runs, "quality")
+        scores = [numbers(cells[(quality,)], "score") for quality in QUALITIES]
+        average = mean([np.mean(values) for values in scores])
+        table.append((METHODS[method][0], acting, *map(estimate, scores), average))
+    return markdown(("method", "acting", *QUALITIES, "average"), table)
 
 
 def cost_name(method: str) -> str:
@@ -459,7 +470,12 @@ TABLES = {  # name -> function and the file that it needs
     "published": (published_table, ""),
     "tune": (partial(tune_table, "tune", "mpe"), "tune.csv"),
     "tune_mamujoco": (partial(tune_table, "tune_mamujoco", "mamujoco"), "tune_mamujoco.csv"),
-    "ablation": (ablation_table, "ablation.csv"),
+    "ablation": (partial(ablation_table, "ablation", "mpe"), "ablation.csv"),
+    "ablation_mamujoco": (
+        partial(ablation_table, "ablation_mamujoco", "mamujoco"),
+        "ablation_mamujoco.csv",
+    ),
+    "noise": (noise_table, "noise.csv"),
     **{
         f"cost_{part}_{kind}": (partial(cost_table, kind, part), f"efficiency_{kind}.json")
         for kind, parts in COSTS.items()

@@ -5,6 +5,7 @@
     python benchmark/run.py --grid tune         # values of every method's main settings on the MPE
     python benchmark/run.py --grid tune_mamujoco            # and on HalfCheetah
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
+    python benchmark/run.py --grid ablation_mamujoco        # and du/dr on HalfCheetah
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
 
 A cell is one seed of one script. A finished one, with a row in the results, is never run again, and
@@ -105,13 +106,14 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "derivative": ("jvp",),
     "derivative q-weight": ("jvp 32",),
     "delta": ("0.01",),
-    "variant": ("no-derivative", "released", "penalty", "smaller-q"),
+    "variant": ("no-derivative", "released", "penalty", "smaller-q", "conservative"),
     "variant q-weight": ("no-derivative 2",),
     "flow-ratio": ("0", "0.75", "1"),
     "time-alpha time-beta": ("0.5 1", "1 1", "2 2"),
     "time-alpha q-weight": ("0.2 16",),
     "q-weight": ("0",),
 }
+ABLATION_MAMUJOCO = {"delta": ("0.03",), "derivative": ("jvp",)}
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
     "hidden-dims": "64,64",
     "learning-rate": "0.01",
@@ -155,6 +157,15 @@ def ablation_grid() -> list[dict]:
     ]
 
 
+def ablation_mamujoco_grid() -> list[dict]:
+    """OM2P on HalfCheetah with du/dr computed otherwise."""
+    return [
+        cell("om2p", CHEETAH, quality, seed, setting, value)
+        for seed, (setting, values) in product(range(3), ABLATION_MAMUJOCO.items())
+        for value, quality in product(values, QUALITIES)
+    ]
+
+
 def mamujoco_grid() -> list[dict]:
     """Every method with its defaults on HalfCheetah's datasets."""
     return [
@@ -186,6 +197,7 @@ GRIDS = {
     "tune": tune_grid,
     "tune_mamujoco": tune_mamujoco_grid,
     "ablation": ablation_grid,
+    "ablation_mamujoco": ablation_mamujoco_grid,
     "published": published_grid,
 }
 
@@ -198,7 +210,7 @@ def suite(task: str) -> str:
 @dataclass
 class Args:
     grid: str = "mpe"
-    """mpe, mamujoco, tune, tune_mamujoco, ablation or published"""
+    """mpe, mamujoco, tune, tune_mamujoco, ablation, ablation_mamujoco or published"""
     workers: int = 2
     """trainings at a time, one thread each"""
     run_dir: Path = Path("runs/benchmark")
@@ -408,7 +420,11 @@ def main(args: Args) -> None:
         "torch": torch.__version__,
     }
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    (args.results_dir / f"{args.grid}.json").write_text(json.dumps(machine, indent=2) + "\n")
+    path = args.results_dir / f"{args.grid}.json"
+    if rows and path.exists():  # finished cells may have run on another processor
+        before = json.loads(path.read_text())["processor"].split(" and ")
+        machine["processor"] = " and ".join(dict.fromkeys([*before, machine["processor"]]))
+    path.write_text(json.dumps(machine, indent=2) + "\n")
 
     jobs = {submit(group): group for group in in_one_process(missing, args.num_seeds)}
     failed = []

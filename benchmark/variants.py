@@ -7,6 +7,7 @@ released           loss and action of the authors' release (README, differences 
                    term and everything else are as here
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
+conservative       the critics' loss gets the term of OMAR's and DOM2's, with its weight there
 """
 
 import sys
@@ -18,16 +19,21 @@ from typing import Literal
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import om2p_mpe
-from om2p_mpe import MeanFlowPolicy, squared_error
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+import dom2_mpe  # noqa: E402
 
-om2p_policy_loss = om2p_mpe.policy_loss
+import om2p_mpe  # noqa: E402
+from om2p_mpe import MeanFlowPolicy, squared_error  # noqa: E402
+
+om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
 
 @dataclass
 class Args(om2p_mpe.Args):
-    variant: Literal["no-derivative", "released", "penalty", "smaller-q"] = "released"
+    variant: Literal["no-derivative", "released", "penalty", "smaller-q", "conservative"] = (
+        "released"
+    )
     """what is made otherwise"""
 
 
@@ -80,11 +86,20 @@ def penalty_loss(policy, critic, batch, args):
     return loss + penalty, parts | {"penalty": penalty.detach()}
 
 
+def conservative_critic_loss(critic, target_critic, policy, batch, gamma):
+    """OM2P's loss of the critics, and recorded actions above uniform ones; and Q."""
+    rival = dom2_mpe.Args()
+    loss, q = om2p_critic_loss(critic, target_critic, policy, batch, gamma)
+    gap = dom2_mpe.conservative_term(critic, policy, batch, q, rival)
+    return loss + rival.cql_alpha * gap, q
+
+
 CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
     "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
     "smaller-q": {"critic_loss": partial(om2p_mpe.critic_loss, aggregate=torch.amin)},
+    "conservative": {"critic_loss": conservative_critic_loss},
 }
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import tyro
 from conftest import ROOT, refusal
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import noise
 import picture
 import report
 import run
@@ -57,6 +58,7 @@ def test_grids():
     sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
     assert sizes["mpe"] == 8 * 12 * 5
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
+    assert sizes["ablation_mamujoco"] == 2 * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
@@ -269,6 +271,24 @@ def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
     assert "all 2 runs" in capsys.readouterr().out
     assert len(no_training) == 1
     assert {path: path.read_bytes() for path in tiny.args.results_dir.iterdir()} == files
+
+
+def test_processors_of_finished_cells_are_kept(tiny, no_training, monkeypatch, tmp_path):
+    """A grid that goes on elsewhere names both; one that starts anew forgets what was there."""
+    monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
+    args = run.Args(**vars(tiny.args) | {"results_dir": tmp_path})
+    for file in tiny.args.results_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    first = run.processor()
+    for name, expected in (("another", f"{first} and another"), (first, f"{first} and another")):
+        monkeypatch.setattr(run, "processor", lambda name=name: name)
+        with pytest.raises(SystemExit):  # one cell fails
+            run.main(args)
+        assert json.loads((tmp_path / "tiny.json").read_text())["processor"] == expected
+    (tmp_path / "tiny.csv").unlink()
+    with pytest.raises(SystemExit):
+        run.main(args)
+    assert json.loads((tmp_path / "tiny.json").read_text())["processor"] == first
 
 
 def test_lost_results_come_from_the_runs(tiny, no_training, monkeypatch, tmp_path):
@@ -522,6 +542,22 @@ def test_ablation_table(results):
     assert table["the data", medium[0]] == [replay[0]]
 
 
+def test_ablation_table_of_mamujoco(results):
+    """The defaults from the grid mamujoco, the changes and the data; nothing of the MPE's steps."""
+    results("mpe", mpe_rows())
+    dataset = (run.CHEETAH, "medium")
+    results("mamujoco", [row("om2p", *dataset, seed, 50 + seed) for seed in (0, 2)])
+    results("ablation_mamujoco", [row("om2p", *dataset, 0, 40, "delta", "0.03")])
+    keys = ("task", "quality", "seed", "steps", "score")
+    run.write_table(
+        report.RESULTS / "steps.csv", [dict(zip(keys, (*MEDIUM, 0, 5, 7), strict=True))]
+    )
+    lines = report.TABLES["ablation_mamujoco"][0]().splitlines()
+    assert lines[2:4] == ["| the defaults | 51.0 ± 1.0 |", "| `--delta 0.03` | 40.0 |"]
+    assert lines[4].startswith("| the data | ")
+    assert lines[5] == ""
+
+
 def test_published_table(results):
     """All cells have a number for every quality, and averages are those of all three tasks.
 
@@ -559,8 +595,8 @@ def test_readme_and_figures(results, capsys):
     text = report.README.read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    # prey, chaos, tune, ablation, both of mamujoco, and costs: of CPU, of both compiled
-    assert text.count("\nold\n") == 6 + 4 + 1 + 4
+    # prey, chaos, tune, ablation, three of mamujoco, noise, and costs: of CPU, of both compiled
+    assert text.count("\nold\n") == 8 + 4 + 1 + 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
@@ -699,6 +735,47 @@ def test_several_steps_need_the_runs(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.csv"))
 
 
+def test_acting_with_less_noise_and_more():
+    """The mean of each observation's own actions; noise of the size asked for, kept in the box."""
+    policy, obs, _, _ = make_variant(MeanFlowPolicy)
+    torch.manual_seed(1)
+    actions = policy.act(obs.repeat_interleave(5, dim=1))
+    expected = torch.stack([actions[:, 5 * k : 5 * k + 5].mean(dim=1) for k in range(8)], dim=1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(noise.Acting(policy, samples=5).act(obs), expected)
+
+    still = SimpleNamespace(act=lambda obs: torch.full((2, obs.shape[1], 2), 0.5))
+    action = noise.Acting(still, noise_sd=0.1).act(torch.zeros(2, 100_000, 3))
+    assert math.isclose(action.mean(), 0.5, abs_tol=0.001)
+    assert math.isclose(action.std(), 0.1, abs_tol=0.001)
+    assert noise.Acting(still, noise_sd=10.0).act(obs).abs().max() <= 1
+
+
+def test_noise_table(tmp_path, monkeypatch):
+    """A row for each way of acting, and its average over the datasets."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    keys = ("method", "quality", "seed", "acting", "score")
+    rows = [
+        dict(zip(keys, ("om2p", quality, seed, acting, 10 * k + seed + start), strict=True))
+        for acting, start in (("as trained", 0), ("mean of 16 actions", 1))
+        for k, quality in enumerate(run.QUALITIES)
+        for seed in (0, 2)
+    ]
+    run.write_table(tmp_path / "noise.csv", rows)
+    assert report.noise_table().splitlines()[2:] == [
+        "| OM2P | as trained | 1.0 ± 1.0 | 11.0 ± 1.0 | 21.0 ± 1.0 | 31.0 ± 1.0 | 16.0 |",
+        "| OM2P | mean of 16 actions | 2.0 ± 1.0 | 12.0 ± 1.0 | 22.0 ± 1.0 | 32.0 ± 1.0 | 17.0 |",
+    ]
+
+
+def test_noise_needs_the_runs(tmp_path, monkeypatch):
+    """Without all runs there is one line that says which is missing, and no table."""
+    monkeypatch.setattr(noise, "ROOT", tmp_path)
+    reason = refusal(noise.main, noise.Args(run_dir=tmp_path))
+    assert "HalfCheetah-2x3-expert/om2p_mamujoco/seed-0 is not the directory" in reason
+    assert not list(tmp_path.rglob("*.csv"))
+
+
 def test_picture_needs_a_run():
     """The program that draws teams says what it wants, where no run directory is named."""
     assert "name run directories" in refusal(picture.main, picture.Args(run_dirs=()))
@@ -730,3 +807,27 @@ def test_variant_trains(make_data, tmp_path):
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "runs" / "simple_spread-expert" / "variants" / "seed-0"
     assert json.loads((folder / "args.json").read_text())["variant"] == "released"
+
+
+def test_conservative():
+    """OM2P's loss, and a tenth of logsumexp Q(uniform actions) - Q(data), sum over critics, agents.
+
+    Q is the sum of an action's two components here, so that it is 0.5 for all recorded ones.
+    """
+    policy, _, _, _ = make_variant(MeanFlowPolicy)
+    obs, action = torch.zeros(2, 20_000, 3), torch.full((2, 20_000, 2), 0.25)
+    zeros = torch.zeros(2, 20_000)
+    batch = {"obs": obs, "action": action, "reward": zeros, "next_obs": obs, "done": zeros}
+
+    def critics(obs, action):
+        return action.sum(dim=-1).expand(2, -1, -1)
+
+    loss = variants.CHANGES["conservative"]["critic_loss"]
+    torch.manual_seed(1)
+    found, q = loss(critics, critics, policy, batch, 0.9)
+    torch.manual_seed(1)
+    plain, _ = variants.om2p_critic_loss(critics, critics, policy, batch, 0.9)
+    torch.testing.assert_close(q, torch.full((2, 2, 20_000), 0.5))
+    uniform = 2 * torch.rand(10, 1_000_000, 2).sub(0.5)
+    gap = uniform.sum(dim=-1).logsumexp(dim=0).mean() - 0.5
+    assert math.isclose(found - plain, 0.1 * 4 * gap, rel_tol=0.01)
