@@ -330,7 +330,9 @@ def ablation_table(grid: str, suite: str) -> str:
     kept = [row for row in read(f"{suite}.csv") if row["method"] == "om2p"]
     changes = {"the defaults": kept}
     for (setting, value), runs in group(rows, "setting", "value").items():
-        changes[f"`{change(setting, value)}`"] = runs
+        words = change(setting, value)
+        same = "variant" not in setting and is_default("om2p", words, suite)
+        changes[f"`{words}`{', the default' * same}"] = runs
     if suite == "mpe" and (RESULTS / "steps.csv").exists():
         for (steps,), runs in group(read("steps.csv"), "steps").items():
             changes |= {f"the defaults, acting in {steps} steps": runs} if steps != "1" else {}

@@ -58,7 +58,7 @@ def test_grids():
     sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
     assert sizes["mpe"] == 8 * 12 * 5
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
-    assert sizes["ablation_mamujoco"] == 2 * 4 * 3
+    assert sizes["ablation_mamujoco"] == 3 * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
@@ -547,15 +547,20 @@ def test_ablation_table_of_mamujoco(results):
     results("mpe", mpe_rows())
     dataset = (run.CHEETAH, "medium")
     results("mamujoco", [row("om2p", *dataset, seed, 50 + seed) for seed in (0, 2)])
-    results("ablation_mamujoco", [row("om2p", *dataset, 0, 40, "delta", "0.03")])
+    changes = [row("om2p", *dataset, 0, 30 + k, "delta", d) for k, d in enumerate(("0.1", "0.03"))]
+    results("ablation_mamujoco", changes)
     keys = ("task", "quality", "seed", "steps", "score")
     run.write_table(
         report.RESULTS / "steps.csv", [dict(zip(keys, (*MEDIUM, 0, 5, 7), strict=True))]
     )
     lines = report.TABLES["ablation_mamujoco"][0]().splitlines()
-    assert lines[2:4] == ["| the defaults | 51.0 ± 1.0 |", "| `--delta 0.03` | 40.0 |"]
-    assert lines[4].startswith("| the data | ")
-    assert lines[5] == ""
+    assert lines[2:5] == [
+        "| the defaults | 51.0 ± 1.0 |",
+        "| `--delta 0.1`, the default | 30.0 |",
+        "| `--delta 0.03` | 31.0 |",
+    ]
+    assert lines[5].startswith("| the data | ")
+    assert lines[6] == ""
 
 
 def test_published_table(results):
@@ -765,6 +770,26 @@ def test_noise_table(tmp_path, monkeypatch):
     assert report.noise_table().splitlines()[2:] == [
         "| OM2P | as trained | 1.0 ± 1.0 | 11.0 ± 1.0 | 21.0 ± 1.0 | 31.0 ± 1.0 | 16.0 |",
         "| OM2P | mean of 16 actions | 2.0 ± 1.0 | 12.0 ± 1.0 | 22.0 ± 1.0 | 32.0 ± 1.0 | 17.0 |",
+    ]
+
+
+def test_what_noise_writes(tmp_path, monkeypatch):
+    """Generating teams act by means, deterministic ones with noise; both also as they are."""
+    monkeypatch.setattr(noise, "ROOT", tmp_path)
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    module = SimpleNamespace(
+        evaluate=lambda policy, *_: np.array([[policy.samples, policy.noise_sd, 4.0]]),
+        normalized_score=lambda task, returns: 10 * returns,
+    )
+    team = SimpleNamespace(module=module, policy=None, env=None)
+    monkeypatch.setattr(noise, "load_team", lambda *_: team)
+    noise.main(noise.Args(run_dir=tmp_path, seeds=(2,), samples=7, noise_sd=0.5))
+    rows = run.read_table(tmp_path / "benchmark" / "results" / "noise.csv")
+    assert [row["quality"] for row in rows[::2]] == 2 * list(run.QUALITIES)
+    assert [tuple(row.values()) for row in rows[:2] + rows[-1:]] == [
+        ("om2p", "expert", "2", "as trained", "16.67", "10.0"),
+        ("om2p", "expert", "2", "mean of 7 actions", "36.67", "40.0"),
+        ("td3_bc", "random", "2", "noise 0.5 added", "18.33", "10.0"),
     ]
 
 
