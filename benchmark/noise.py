@@ -65,6 +65,8 @@ def main(args: Args) -> None:
             change = {f"mean of {args.samples} actions": {"samples": args.samples}}
         for quality, seed in product(QUALITIES, args.seeds):
             folder = args.run_dir / f"{CHEETAH}-{quality}" / f"{method}_mamujoco" / f"seed-{seed}"
+            if not (folder / "policy.pt").exists():
+                raise SystemExit(f"error: {folder} has no policy.pt; first run the grid mamujoco")
             team = load_team(folder, args.episodes, seed)
             for acting, settings in {"as trained": {}, **change}.items():
                 policy = Acting(team.policy, **settings)

@@ -783,6 +783,7 @@ def test_what_noise_writes(tmp_path, monkeypatch):
     )
     team = SimpleNamespace(module=module, policy=None, env=None)
     monkeypatch.setattr(noise, "load_team", lambda *_: team)
+    monkeypatch.setattr(noise.Path, "exists", lambda _: True)
     noise.main(noise.Args(run_dir=tmp_path, seeds=(2,), samples=7, noise_sd=0.5))
     rows = run.read_table(tmp_path / "benchmark" / "results" / "noise.csv")
     assert [row["quality"] for row in rows[::2]] == 2 * list(run.QUALITIES)
@@ -797,7 +798,7 @@ def test_noise_needs_the_runs(tmp_path, monkeypatch):
     """Without all runs there is one line that says which is missing, and no table."""
     monkeypatch.setattr(noise, "ROOT", tmp_path)
     reason = refusal(noise.main, noise.Args(run_dir=tmp_path))
-    assert "HalfCheetah-2x3-expert/om2p_mamujoco/seed-0 is not the directory" in reason
+    assert "HalfCheetah-2x3-expert/om2p_mamujoco/seed-0 has no policy.pt" in reason
     assert not list(tmp_path.rglob("*.csv"))
 
 
