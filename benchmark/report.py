@@ -1,9 +1,10 @@
-"""Put the README's tables and figures together from the files under benchmark/results/.
+"""Put the tables and figures of both README.md together from the files under benchmark/results/.
 
     python benchmark/report.py
 
-A table stands in the README between `<!-- table NAME -->` and `<!-- end -->` and is replaced there;
-figures go to benchmark/figures/. What has no results yet is named, and left as it is.
+A table stands in README.md or benchmark/README.md between `<!-- table NAME -->` and `<!-- end -->`
+and is replaced there; figures go to benchmark/figures/. What has no results yet is named, and left
+as it is.
 """
 
 import csv
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import om2p_mamujoco  # noqa: E402
 import om2p_mpe  # noqa: E402
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
 RESULTS = ROOT / "benchmark" / "results"
 FIGURES = ROOT / "benchmark" / "figures"
 PUBLIC_RETURNS = om2p_mpe.PUBLIC_RETURNS | om2p_mamujoco.PUBLIC_RETURNS
@@ -46,6 +47,15 @@ METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figur
     "dom2": ("DOM2", "#000000", "--"),
     "flow_ql": ("Flow-QL", "#CC79A7", "-"),
     "fql": ("FQL", "#E69F00", "--"),
+}
+GRIDS = {  # of benchmark/run.py
+    "mpe": "all methods on the particle environments",
+    "mamujoco": "all methods on HalfCheetah-2x3",
+    "tune": "every method's main settings, on four datasets of the particle environments",
+    "tune_mamujoco": "every method's main setting, on two datasets of HalfCheetah-2x3",
+    "ablation": "OM2P without or with other ideas",
+    "ablation_mamujoco": "OM2P's du/dr on HalfCheetah-2x3",
+    "published": "MA-TD3+BC by OMAR's settings",
 }
 PUBLISHED = """
 BC|35.0 / 31.6 / 10.0 / -0.5|40.0 / 22.5 / 0.9 / 1.2|33.0 / 25.3 / 2.3 / -2.4|[1]
@@ -239,6 +249,17 @@ def results_line(method: str) -> str:
         average = estimate(averages(cells, method, suite))
         text += f" {', '.join(tasks)}" + ("." if average == "-" else f"; average {average}.")
     return text
+
+
+def grids_table() -> str:
+    """The runs of every grid so far, and the time that they took, evaluations included."""
+    rows = []
+    for name, what in GRIDS.items():
+        if (RESULTS / f"{name}.csv").exists():
+            runs = read(f"{name}.csv")
+            hours = sum(float(row["seconds"]) / int(row["num_seeds"]) for row in runs) / 3600
+            rows.append((f"`{name}`", what, len(runs), f"{hours:.1f}"))
+    return markdown(("grid", "what it compares", "runs", "hours of one core"), rows)
 
 
 def details_table() -> str:
@@ -467,6 +488,7 @@ TABLES = {  # name -> function and the file that it needs
     "chaos": (chaos_table, "chaos.csv"),
     "mpe": (partial(suite_table, "mpe"), "mpe.csv"),
     "mamujoco": (partial(suite_table, "mamujoco"), "mamujoco.csv"),
+    "grids": (grids_table, "mpe.csv"),
     "mpe_details": (details_table, "mpe.csv"),
     "returns": (returns_table, "mpe.csv"),
     "published": (published_table, ""),
@@ -493,7 +515,7 @@ TABLES = {  # name -> function and the file that it needs
 
 
 def tables() -> dict[str, str]:
-    """The README's tables by name, those that have results."""
+    """The tables of both pages by name, those that have results."""
     return {name: table() for name, (table, file) in TABLES.items() if (RESULTS / file).exists()}
 
 
@@ -625,18 +647,20 @@ def cost_growth(kind: str) -> None:
 
 
 def main() -> None:
-    """Rewrite the README's tables, line counts and figures, and name what has no results."""
+    """Rewrite both pages' tables, line counts and figures, and name what has no results."""
     mpl.use("Agg")
-    text, found = README.read_text(), tables()
+    texts, found = [page.read_text() for page in PAGES], tables()
     for name, table in found.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
+        place = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", flags=re.S)
+        count = sum(len(place.findall(text)) for text in texts)
         if count != 1:
-            raise SystemExit(f"error: README.md has {count} places for the table {name}")
+            raise SystemExit(f"error: the pages have {count} places for the table {name}")
+        texts = [place.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text) for text in texts]
     lines = re.compile(r"^(\| \[`([^`]+)`\].*\| )\d+ \|$", flags=re.M)  # of every script
-    README.write_text(
-        lines.sub(lambda m: f"{m[1]}{(ROOT / m[2]).read_text().count(chr(10))} |", text)
-    )
+    for page, text in zip(PAGES, texts, strict=True):
+        page.write_text(
+            lines.sub(lambda m: f"{m[1]}{(ROOT / m[2]).read_text().count(chr(10))} |", text)
+        )
     missing = [f"{name} (no {TABLES[name][1]})" for name in TABLES if name not in found]
     if "mpe" in found and (RESULTS / "mpe_curves.csv").exists():
         FIGURES.mkdir(exist_ok=True)

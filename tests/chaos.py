@@ -9,7 +9,7 @@ where one can be mounted, else a limit on the size of files) ends a run with one
 room it goes on. Of two runs started on one run directory one is refused.
 
 Outside of the quick test suite; a kill takes some ten seconds. The table goes to
-benchmark/results/chaos.csv and from there into the README by benchmark/report.py.
+benchmark/results/chaos.csv and from there into benchmark/README.md by benchmark/report.py.
 """
 
 import csv

@@ -429,9 +429,11 @@ def row(method, task, quality, seed, score, setting="", value=""):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A function that writes rows as a grid's results, where the report looks for them."""
-    for name in ("RESULTS", "FIGURES", "README"):
+    for name in ("RESULTS", "FIGURES"):
         monkeypatch.setattr(report, name, tmp_path / name)
     report.RESULTS.mkdir()
+    monkeypatch.setattr(report, "PAGES", (tmp_path / "README.md", tmp_path / "more.md"))
+    report.PAGES[1].write_text("More")
 
     def write(grid, rows):
         run.write_table(report.RESULTS / f"{grid}.csv", rows)
@@ -502,6 +504,14 @@ def test_other_tables_of_the_grid_mpe(results):
     assert details["OM2P", "51.0 ± 1.0"] == ["52.0 ± 1.0", "4,000", "24"]
     assert details["BC", "51.0"] == ["52.0", "4,000", "12"]
     assert cells(tables["data"])["simple_tag", "medium"] == ["40.0 ± 5.0", "88.7"]
+
+
+def test_grids_table(results):
+    """Two seeds in one process share its time; a grid without results is left out."""
+    results("mpe", [row | {"seconds": 3600} for row in mpe_rows()])
+    assert [name for name in run.GRIDS if name not in report.GRIDS] == []
+    _, _, *rows = report.tables()["grids"].splitlines()
+    assert rows == ["| `mpe` | all methods on the particle environments | 36 | 30.0 |"]
 
 
 def test_tune_table(results):
@@ -595,9 +605,10 @@ def test_readme_and_figures(results, capsys):
     """Tables and figures are written; what has no results is named; a lost place is an error."""
     results("mpe", mpe_rows())
     places = [f"<!-- table {name} -->\nold\n<!-- end -->" for name in report.TABLES]
-    report.README.write_text("\n\n".join(["# Title", *places]))
+    report.PAGES[0].write_text("\n\n".join(["# Title", *places[::2]]))
+    report.PAGES[1].write_text("\n\n".join(["# More", *places[1::2]]))
     report.main()
-    text = report.README.read_text()
+    text = report.PAGES[0].read_text() + report.PAGES[1].read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
     # prey, chaos, tune, ablation, three of mamujoco, noise, and costs: of CPU, of both compiled
@@ -609,8 +620,12 @@ def test_readme_and_figures(results, capsys):
         picture = (report.FIGURES / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert int.from_bytes(picture[16:20], "big") >= 900  # pixels wide
-    report.README.write_text(text.replace("<!-- table returns -->", ""))
-    assert "returns" in refusal(report.main)
+    report.PAGES[1].write_text("# More")
+    report.PAGES[0].write_text(text.replace("<!-- table returns -->", ""))
+    assert "0 places for the table returns" in refusal(report.main)
+    report.PAGES[0].write_text(text)
+    report.PAGES[1].write_text("<!-- table returns -->\n<!-- end -->")
+    assert "2 places for the table returns" in refusal(report.main)
 
 
 def test_costs(results):
@@ -653,7 +668,7 @@ def test_costs(results):
 
 def test_report_without_results(results, capsys):
     """Nothing but the published numbers, and one line that says so."""
-    report.README.write_text("<!-- table published -->\n<!-- end -->\n")
+    report.PAGES[0].write_text("<!-- table published -->\n<!-- end -->\n")
     report.main()
     said = capsys.readouterr().out
     assert all(name in said for name in set(report.TABLES) - {"published"})

@@ -1,4 +1,4 @@
-"""What the README says can be done and seen: commands parse, files exist, tables match results."""
+"""What both READMEs say can be done and seen: commands, files, tables."""
 
 import importlib.util
 import re
@@ -11,7 +11,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python ([\w./]+\.py)((?: [\w./-]+)*)", README)
+PAGES = {"README.md": README, "benchmark/README.md": (ROOT / "benchmark/README.md").read_text()}
+COMMANDS = re.findall(r"python ([\w./]+\.py)((?: [\w./-]+)*)", "\n".join(PAGES.values()))
 
 
 def load(path: str):
@@ -31,7 +32,7 @@ def load(path: str):
 
 @pytest.mark.parametrize(("script", "options"), sorted(set(COMMANDS)))
 def test_commands_parse(script, options):
-    """Every script that the README calls exists and takes the options given there."""
+    """Every script that a page calls exists and takes the options given there."""
     module = load(script)
     if hasattr(module, "Args"):
         tyro.cli(module.Args, args=shlex.split(options))
@@ -45,17 +46,29 @@ def test_the_two_commands_are_there():
     assert "pip install -r requirements-dev.txt && pytest -n 2\n" in README
 
 
-def test_links_and_pictures_exist():
-    """Every relative link leads to a file."""
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    """Every relative link leads to a file, and to a heading there if it names one."""
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
     assert links
-    assert [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+    for link in links:
+        name, _, heading = link.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists()
+        assert not heading or heading in anchors(file.read_text())
 
 
 def test_tables_are_those_of_the_results():
     """benchmark/report.py would write the tables that are there."""
     for name, table in load("benchmark/report.py").tables().items():
-        assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in README
+        place = f"<!-- table {name} -->\n{table}\n<!-- end -->"
+        assert sum(text.count(place) for text in PAGES.values()) == 1
 
 
 def test_line_counts():
