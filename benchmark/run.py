@@ -113,7 +113,11 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "time-alpha q-weight": ("0.2 16",),
     "q-weight": ("0",),
 }
-ABLATION_MAMUJOCO = {"delta": ("0.1", "0.03"), "derivative": ("jvp",)}  # 0.1: the default anew
+ABLATION_MAMUJOCO = {
+    "delta": ("0.1", "0.03"),  # 0.1: the default anew, on the data of the others
+    "delta q-weight": ("0.03 4", "0.03 8"),
+    "derivative": ("jvp",),
+}
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
     "hidden-dims": "64,64",
     "learning-rate": "0.01",

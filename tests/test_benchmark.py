@@ -58,7 +58,7 @@ def test_grids():
     sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
     assert sizes["mpe"] == 8 * 12 * 5
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
-    assert sizes["ablation_mamujoco"] == 3 * 4 * 3
+    assert sizes["ablation_mamujoco"] == 5 * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
