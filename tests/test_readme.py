@@ -1,11 +1,14 @@
 """What both READMEs say can be done and seen: commands, files, tables."""
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -76,3 +79,62 @@ def test_line_counts():
     rows = re.findall(r"^\| \[`([^`]+)`\].*\| (\d+) \|$", README, flags=re.M)
     assert rows
     assert rows == [(name, str((ROOT / name).read_text().count("\n"))) for name, _ in rows]
+
+
+LINE = """
+class MPE:
+    horizon, num_agents, obs_dims, action_dims, collector = 5, 2, (3, 3), (1, 1), "line.py"
+
+    def __init__(self, task, num_episodes):
+        self.shape = num_episodes, 3
+
+    def reset(self, seed=0):
+        self.obs = np.random.default_rng(seed).uniform(-1, 1, (2, *self.shape)).astype(np.float32)
+        return self.obs
+
+    def step(self, action):
+        reward = -((action - self.obs[..., :1]) ** 2).sum(axis=-1)
+        return self.reset(1), reward
+
+
+def normalized_score(task, returns):
+    return 100 + 10 * returns
+
+
+def find_prey(task, data_dir):
+    return None
+"""
+
+
+def test_another_environment(tmp_path):
+    """With the region `mpe` replaced as "In another project" tells, it learns another task."""
+    script = (ROOT / "om2p_mpe.py").read_text()
+    script, count = re.subn(r"(?s)(?<=# region mpe\n).*?(?=# endregion mpe\n)", LINE, script)
+    assert count == 1
+    script, count = re.subn(
+        r"task: Literal\[[^]]+\] = .*", 'task: Literal["line"] = "line"', script
+    )
+    assert count == 1
+    (tmp_path / "line.py").write_text(script)
+    folder = tmp_path / "data" / "line" / "expert" / "seed_0_data"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        obs, action = rng.uniform(-1, 1, (500, 3)), rng.uniform(-1, 1, (500, 1))
+        arrays = {"obs": obs, "acs": action, "rews": -((action - obs[:, :1]) ** 2).sum(axis=1)}
+        arrays |= {"next_obs": obs[::-1], "dones": np.zeros(500)}
+        for name, array in arrays.items():
+            np.save(folder / f"{name}_{i}.npy", array)
+    options = "--num-updates 300 --eval-interval 300 --batch-size 64 --hidden-dims 32 --gamma 0"
+    result = subprocess.run(
+        [sys.executable, "-I", "line.py", *options.split(), "--device", "cpu", "--no-compile"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    final = float(re.search(r"final return (-?[\d.]+)", result.stdout)[1])
+    assert final > -0.5  # actions of 0 return -1.7, random ones -3.3
+    assert (tmp_path / "runs" / "line-expert" / "line" / "seed-0" / "policy.pt").exists()
