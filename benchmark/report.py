@@ -378,6 +378,21 @@ def noise_table() -> str:
     return markdown(("method", "acting", *QUALITIES, "average"), table)
 
 
+def frozen_critic_table() -> str:
+    """Teams whose policies learned from one frozen critic, beside what that critic prefers."""
+    table = []
+    for (method,), runs in group(read("frozen_critic.csv"), "method").items():
+        name, *settings = method.split(maxsplit=1)
+        name = {
+            "critic": "best of 64 uniform actions by the critic",
+            "om2p-split": "OM2P, a second network near (0, 1)",
+        }.get(name) or METHODS[name][0]
+        linear = f"{np.mean(numbers(runs, 'linear')):.2f}"
+        table.append((", ".join([name, *map("`{}`".format, settings)]), linear))
+        table[-1] += (estimate(numbers(runs, "score")),)
+    return markdown(("policy", "linear share", "score"), table)
+
+
 def cost_name(method: str) -> str:
     """A method of benchmark/efficiency.py, as in tables: with its steps, or what is changed."""
     name, _, change = method.partition("-")
@@ -500,6 +515,7 @@ TABLES = {  # name -> function and the file that it needs
         "ablation_mamujoco.csv",
     ),
     "noise": (noise_table, "noise.csv"),
+    "frozen_critic": (frozen_critic_table, "frozen_critic.csv"),
     **{
         f"cost_{part}_{kind}": (partial(cost_table, kind, part), f"efficiency_{kind}.json")
         for kind, parts in COSTS.items()

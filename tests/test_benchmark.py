@@ -24,6 +24,7 @@ import tyro
 from conftest import ROOT, refusal
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import frozen_critic
 import noise
 import picture
 import report
@@ -611,8 +612,9 @@ def test_readme_and_figures(results, capsys):
     text = report.PAGES[0].read_text() + report.PAGES[1].read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    # prey, chaos, tune, ablation, three of mamujoco, noise, and costs: of CPU, of both compiled
-    assert text.count("\nold\n") == 8 + 4 + 1 + 4
+    # prey, chaos, tune, ablation, three of mamujoco, noise, frozen critic, and costs: of CPU, of
+    # both compiled
+    assert text.count("\nold\n") == 9 + 4 + 1 + 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
@@ -872,3 +874,84 @@ def test_conservative():
     uniform = 2 * torch.rand(10, 1_000_000, 2).sub(0.5)
     gap = uniform.sum(dim=-1).logsumexp(dim=0).mean() - 0.5
     assert math.isclose(found - plain, 0.1 * 4 * gap, rel_tol=0.01)
+
+
+def test_greedy_takes_the_best_of_its_draws():
+    """Each observation's action is the one that the critic values most among those drawn for it."""
+    critic = SimpleNamespace(target=torch.tensor([[[0.5, -0.5]], [[-0.5, 0.0]]]))
+
+    def q(obs, action):  # highest at the agent's target plus its observation
+        return -(action - critic.target - obs).square().sum(dim=-1).expand(2, -1, -1)
+
+    obs = 0.3 * torch.randn(2, 50, 2)
+    many, one = (frozen_critic.Greedy(q, samples).act(obs) for samples in (2_000, 1))
+    best = (critic.target + obs).clamp(-1, 1)
+    assert many.shape == (2, 50, 2)
+    assert (many - best).abs().max() < 0.2
+    assert (one - best).abs().max() > 0.5
+
+
+def test_linear_share():
+    """One for a linear function with an offset, zero for an even one, half for the sum of both."""
+    obs = torch.randn(2, 20_000, 1)
+    odd, even = 3 * obs + 1, obs.square() * 3 / math.sqrt(2)
+    for values, share in ((odd, 1), (even, 0), (odd + even, 0.5)):
+        assert math.isclose(frozen_critic.linear_share(obs, values), share, abs_tol=0.05)
+
+
+def test_split_policy():
+    """Its second network acts on the whole interval, not on a point; it is no larger than one."""
+    torch.manual_seed(0)
+    plain, split = (
+        kind(3, 18, 2, (128, 128)) for kind in (MeanFlowPolicy, frozen_critic.SplitPolicy)
+    )
+    sizes = [sum(p.numel() for p in policy.parameters()) for policy in (plain, split)]
+    assert math.isclose(*sizes, rel_tol=0.05)
+    obs, x = torch.randn(3, 8, 18), torch.randn(3, 8, 2)
+    r, t = torch.zeros(3, 8, 1), torch.ones(3, 8, 1)
+    middle = t / 2
+    before = split(obs, x, r, t), split(obs, x, middle, middle)
+    with torch.no_grad():
+        split.whole[-1].bias += 1
+    torch.testing.assert_close(split(obs, x, r, t), before[0] + 1)
+    torch.testing.assert_close(split(obs, x, middle, middle), before[1])
+
+
+def test_policies_on_a_frozen_critic(make_data, tmp_path, monkeypatch):
+    """Every script's policy learns from the same critic, which stays as it is; all are measured."""
+    monkeypatch.setattr(frozen_critic, "ROOT", tmp_path)
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    methods = ("om2p-split --q-weight 3", "omar", "dom2", "fql")
+    settings = {"num_updates": 3, "episodes": 4, "run_dir": tmp_path / "runs"}
+    make_data(tmp_path / "data", quality="random")
+    args = frozen_critic.Args(methods, seeds=(0,), data_dir=tmp_path / "data", **settings)
+    frozen_critic.main(args)
+    rows = run.read_table(tmp_path / "benchmark" / "results" / "frozen_critic.csv")
+    assert [row["method"] for row in rows] == ["critic", *methods]
+    assert all(-100 < float(row["score"]) < 100 for row in rows)
+    assert all(0 <= float(row["linear"]) <= 1 for row in rows)
+    critics = [
+        torch.load(path, weights_only=True)["states"]["critic"]
+        for path in sorted(args.run_dir.rglob("checkpoint.pt"))
+    ]
+    assert len(critics) == 5
+    for other in critics[1:]:
+        torch.testing.assert_close(other, critics[0], rtol=0, atol=0)
+    (record,) = (args.run_dir / methods[0]).rglob("args.json")
+    assert json.loads(record.read_text())["q_weight"] == 3
+
+
+def test_frozen_critic_table(tmp_path, monkeypatch):
+    """A row for every policy, with its settings, and for the critic."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    keys = ("method", "seed", "score", "linear")
+    rows = [
+        ("critic", 0, 30, 0.5),
+        ("critic", 1, 32, 0.52),
+        ("om2p-split --q-weight 16", 0, 2, 0.7),
+    ]
+    run.write_table(tmp_path / "frozen_critic.csv", [dict(zip(keys, r, strict=True)) for r in rows])
+    assert report.frozen_critic_table().splitlines()[2:] == [
+        "| best of 64 uniform actions by the critic | 0.51 | 31.0 ± 1.0 |",
+        "| OM2P, a second network near (0, 1), `--q-weight 16` | 0.70 | 2.0 |",
+    ]
