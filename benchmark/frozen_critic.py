@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from efficiency import load_script  # noqa: E402
 from run import write_table  # noqa: E402
+from variants import SplitPolicy  # noqa: E402
 
-from om2p_mpe import MPE, Critic, MeanFlowPolicy, evaluate, mlp, normalized_score  # noqa: E402
+from om2p_mpe import MPE, Critic, evaluate, normalized_score  # noqa: E402
 
 TASK, QUALITY, HIDDEN_DIMS = "simple_spread", "random", (128, 128)
 
@@ -39,7 +40,7 @@ class Args:
         "flow_ql",
         "fql",
     )
-    """scripts, with settings; om2p-split has a second network for the whole interval"""
+    """scripts, with settings; om2p-split is the variant `split`"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of data, critic and policy"""
     num_updates: int = 4_000
@@ -50,21 +51,6 @@ class Args:
     """folder of the datasets"""
     run_dir: Path = Path("runs/benchmark/frozen_critic")
     """where the runs are"""
-
-
-class SplitPolicy(MeanFlowPolicy):
-    """u is the sum of two networks, the second weighed by (t - r)^4: it acts near (0, 1) alone.
-
-    With hidden layers of 88 the two have the weights of one with 128.
-    """
-
-    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, _):
-        super().__init__(num_agents, obs_dim, action_dim, (88, 88))
-        self.whole = mlp((num_agents,), obs_dim + action_dim, (88, 88), action_dim)
-
-    def forward(self, obs, x, r, t):
-        """Shapes as in `MeanFlowPolicy`."""
-        return super().forward(obs, x, r, t) + (t - r) ** 4 * self.whole(torch.cat([obs, x], -1))
 
 
 class Greedy:

@@ -8,6 +8,8 @@ released           loss and action of the authors' release (README, differences 
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
 conservative       the critics' loss gets the term of OMAR's and DOM2's, with its weight there
+split              the policy is the sum of two networks, one of which acts near (r, t) = (0, 1)
+                   alone, of as many weights together
 """
 
 import sys
@@ -24,16 +26,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
 import dom2_mpe  # noqa: E402
 
 import om2p_mpe  # noqa: E402
-from om2p_mpe import MeanFlowPolicy, squared_error  # noqa: E402
+from om2p_mpe import MeanFlowPolicy, mlp, squared_error  # noqa: E402
 
 om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
 
 @dataclass
 class Args(om2p_mpe.Args):
-    variant: Literal["no-derivative", "released", "penalty", "smaller-q", "conservative"] = (
-        "released"
-    )
+    variant: Literal[
+        "no-derivative", "released", "penalty", "smaller-q", "conservative", "split"
+    ] = "released"
     """what is made otherwise"""
 
 
@@ -94,12 +96,29 @@ def conservative_critic_loss(critic, target_critic, policy, batch, gamma):
     return loss + rival.cql_alpha * gap, q
 
 
+class SplitPolicy(MeanFlowPolicy):
+    """A mean-flow policy with a second network, for the whole interval: (t - r)^4 is its weight.
+
+    Hidden layers are 11/16 as wide, so that both networks have about the weights of one.
+    """
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        dims = [round(11 / 16 * width) for width in hidden_dims]
+        super().__init__(num_agents, obs_dim, action_dim, dims)
+        self.whole = mlp((num_agents,), obs_dim + action_dim, dims, action_dim)
+
+    def forward(self, obs, x, r, t):
+        """Shapes as in `MeanFlowPolicy`."""
+        return super().forward(obs, x, r, t) + (t - r) ** 4 * self.whole(torch.cat([obs, x], -1))
+
+
 CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
     "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
     "smaller-q": {"critic_loss": partial(om2p_mpe.critic_loss, aggregate=torch.amin)},
     "conservative": {"critic_loss": conservative_critic_loss},
+    "split": {"MeanFlowPolicy": SplitPolicy},
 }
 
 if __name__ == "__main__":

@@ -902,9 +902,7 @@ def test_linear_share():
 def test_split_policy():
     """Its second network acts on the whole interval, not on a point; it is no larger than one."""
     torch.manual_seed(0)
-    plain, split = (
-        kind(3, 18, 2, (128, 128)) for kind in (MeanFlowPolicy, frozen_critic.SplitPolicy)
-    )
+    plain, split = (kind(3, 18, 2, (128, 128)) for kind in (MeanFlowPolicy, variants.SplitPolicy))
     sizes = [sum(p.numel() for p in policy.parameters()) for policy in (plain, split)]
     assert math.isclose(*sizes, rel_tol=0.05)
     obs, x = torch.randn(3, 8, 18), torch.randn(3, 8, 2)
