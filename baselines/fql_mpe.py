@@ -66,7 +66,7 @@ class Args:
     num_seeds: int = 1
     """train so many seeds at once, from --seed up, each on its own data; meant for GPUs"""
     compile: bool = torch.cuda.is_available()
-    """compile the update, and on a GPU replay it as a CUDA graph; takes a while to start"""
+    """compile the update, and on a GPU replay it as a CUDA graph; default: if there is a GPU"""
     tf32: bool = False
     """multiply matrices in TF32 where the GPU can: faster, with three decimal digits"""
 
@@ -78,7 +78,7 @@ class Args:
     data_dir: Path = Path("data")
     """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
     timeout_done: bool = False
-    """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
+    """critics take an episode's last step as terminal; in the public MPE data `done` is always 0"""
     # endregion args
     # region args_mpe
     task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
@@ -332,7 +332,10 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: 
         if path.is_file():
             print(f"{missing}; making them")
             words = [sys.executable, path, *options, "--data-dir", data_dir]
-            failed = subprocess.run(words).returncode
+            try:
+                failed = subprocess.run(words).returncode
+            except KeyboardInterrupt:
+                stop("stopped before the data were there")
             if failed and not (data_dir / task / quality / f"seed_{seed}_data").is_dir():
                 stop(f"data/{collector} could not make the {quality} data")
             return  # made here, or by another process in the meantime
@@ -456,7 +459,7 @@ class MPE:
     horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
     num_agents, action_dims, collector = LEARNERS, (2,) * LEARNERS, "collect_mpe.py"
 
-    def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
+    def __init__(self, task: str, num_episodes: int, seed=0, prey_policy=None):
         self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
         self.rng = np.random.default_rng(seed)
         self.landmark_size = np.array(LANDMARK_SIZES[task])
@@ -469,13 +472,11 @@ class MPE:
             self.max_speed = np.array([1.0] * LEARNERS + [1.3])
         solid = self.landmark_size == SOLID
         self.body_size = np.concatenate([self.size, self.landmark_size[solid]])
-        self.solid, self.forest = (
-            np.flatnonzero(solid),
-            np.flatnonzero(self.landmark_size == FOREST),
-        )
+        self.solid = np.flatnonzero(solid)
+        self.forest = np.flatnonzero(self.landmark_size == FOREST)
         self.obs_dims = (self.reset().shape[-1],) * LEARNERS
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Place everything uniformly at random, at rest; `seed` restarts the random numbers.
 
         Returns the learners' observations (N, K, obs_dim), float32.
@@ -588,9 +589,8 @@ def load_prey(path: Path, obs_dim: int):
             weight, bias = layers[-1]
             return np.tanh(obs @ weight + bias)
 
-        if not np.isfinite(
-            prey_policy(np.zeros((1, 1, obs_dim), np.float32)).reshape(1, 1, 2)
-        ).all():
+        action = prey_policy(np.zeros((1, 1, obs_dim), np.float32))
+        if not np.isfinite(action.reshape(1, 1, 2)).all():
             raise ValueError("its actions are not finite")
     except Exception as problem:
         stop(f"{path} cannot be used as a prey", problem)
@@ -606,12 +606,14 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """Play K episodes for each seed; returns (S, K), sum over steps and mean over a seed's agents.
 
     `envs` holds one environment for each seed, the policy the agents of all. Initial states depend
-    on the seeds alone, noise on the first, and training's random state is left as it was.
+    on the seeds alone and are none that a collector records, noise depends on the first seed, and
+    training's random state is left as it was.
     """
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seeds[0])
-        obs = np.concatenate([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
+        starts = [env.reset((seed, 0, 1)) for env, seed in zip(envs, seeds, strict=True)]
+        obs = np.concatenate(starts)
         returns = 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
@@ -785,6 +787,30 @@ def locked(run_dirs: Sequence[Path]) -> Iterator[None]:
         yield
 
 
+def open_run(run_dir: Path, script: Path, record: dict, step: int) -> SummaryWriter:
+    """Write args.json and a copy of the script; return the run's TensorBoard writer.
+
+    What another run has left there is moved to ../old/ first. It is another's if this one does not
+    resume, starts at step 0 where one has been finished, or has another group of seeds.
+    """
+    is_other = not record["resume"] or (step == 0 and (run_dir / "policy.pt").exists())
+    with suppress(OSError, ValueError, KeyError):  # without the file it is this run's
+        before = json.loads((run_dir / "args.json").read_text())
+        is_other |= any(before[key] != record[key] for key in ("first_seed", "num_seeds"))
+    if run_dir.exists() and is_other:
+        old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+        old.parent.mkdir(exist_ok=True)
+        run_dir.rename(old)
+        print(f"the previous run in {run_dir} is now {old}")
+    run_dir.mkdir(exist_ok=True)
+    write(run_dir / "args.json", save_json, record)
+    shutil.copy(script, run_dir)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    table = "".join(f"|{key}|{value}|\n" for key, value in record.items())
+    writer.add_text("settings", f"|setting|value|\n|-|-|\n{table}", step)
+    return writer
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that training stops between two updates."""
@@ -933,22 +959,7 @@ def train(args: Args) -> tuple[OneStepPolicy, np.ndarray]:
         try:
             for seed, run_dir in zip(seeds, run_dirs, strict=True):
                 record = asdict(args) | {"seed": seed, "first_seed": args.seed}
-                is_other = step == 0 and (run_dir / "policy.pt").exists()
-                with suppress(OSError, ValueError, KeyError):  # without the file it is this run's
-                    other = json.loads((run_dir / "args.json").read_text())
-                    keys = ("first_seed", "num_seeds")
-                    is_other |= any(other[key] != record[key] for key in keys)
-                if run_dir.exists() and (not args.resume or is_other):
-                    old = folder / "old" / f"{run_dir.name}-{time.time_ns()}"
-                    old.parent.mkdir(exist_ok=True)
-                    run_dir.rename(old)
-                    print(f"the previous run in {run_dir} is now {old}")
-                run_dir.mkdir(exist_ok=True)
-                write(run_dir / "args.json", save_json, record)
-                shutil.copy(script, run_dir)
-                writers.append(SummaryWriter(run_dir, purge_step=step + 1))
-                table = "".join(f"|{key}|{value}|\n" for key, value in record.items())
-                writers[-1].add_text("settings", f"|setting|value|\n|-|-|\n{table}", step)
+                writers.append(open_run(run_dir, script, record, step))
             bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
             update = compiled(update, states, args.device) if args.compile else update
             start = time.time() - seconds

@@ -79,7 +79,7 @@ class Args:
     num_seeds: int = 1
     """train so many seeds at once, from --seed up, each on its own data; meant for GPUs"""
     compile: bool = torch.cuda.is_available()
-    """compile the update, and on a GPU replay it as a CUDA graph; takes a while to start"""
+    """compile the update, and on a GPU replay it as a CUDA graph; default: if there is a GPU"""
     tf32: bool = False
     """multiply matrices in TF32 where the GPU can: faster, with three decimal digits"""
 
@@ -91,7 +91,7 @@ class Args:
     data_dir: Path = Path("data")
     """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
     timeout_done: bool = False
-    """count an episode's last step as terminal; in the public MPE data `done` is always 0"""
+    """critics take an episode's last step as terminal; in the public MPE data `done` is always 0"""
     # endregion args
     # region args_mamujoco
     task: str = "HalfCheetah-2x3"
@@ -123,7 +123,7 @@ class Args:
     """weight of the conservative term in the critics' loss, 0 or more; 0 is plain TD learning"""
     # region args_conservative
     cql_samples: int = 10
-    """uniform actions in the conservative term, and as many of any other kind, 1 or more"""
+    """actions of each kind in the conservative term, 1 or more"""
     # endregion args_conservative
     cql_noise: float = 0.2
     """standard deviation of the noise on the policy's actions in that term, > 0"""
@@ -306,7 +306,7 @@ def policy_loss(
     """omar_coe || a_pi - a* ||^2 - (1 - omar_coe) E[Q_1(o, a_pi)] + 1e-3 E[a_pi^2], over agents."""
     obs = batch["obs"]
     action = policy.act(obs)
-    best = search(critic, obs, action.detach(), args)
+    best = search(critic, obs, action.detach(), args) if args.omar_coe > 0 else action
     mimic = squared_error(action, best, policy.mask)
     q = critic(obs, action)[0]  # (N, B)
     small = squared_error(action, torch.zeros_like(action), policy.mask)
@@ -361,7 +361,10 @@ def make_dataset(data_dir: Path, task: str, quality: str, seed: int, collector: 
         if path.is_file():
             print(f"{missing}; making them")
             words = [sys.executable, path, *options, "--data-dir", data_dir]
-            failed = subprocess.run(words).returncode
+            try:
+                failed = subprocess.run(words).returncode
+            except KeyboardInterrupt:
+                stop("stopped before the data were there")
             if failed and not (data_dir / task / quality / f"seed_{seed}_data").is_dir():
                 stop(f"data/{collector} could not make the {quality} data")
             return  # made here, or by another process in the meantime
@@ -517,7 +520,7 @@ class MaMuJoCo:
         dims = torch.tensor(self.action_dims)
         return (torch.arange(max(self.action_dims)) < dims[:, None, None]).float()
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Start K episodes; `seed` restarts the random numbers. Observations (N, K, obs_dim)."""
         self.done = np.zeros(self.num_episodes, bool)
         self.obs = np.zeros((self.num_agents, self.num_episodes, max(self.obs_dims)), np.float32)
@@ -559,12 +562,14 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """Play K episodes for each seed; returns (S, K), sum over steps and mean over a seed's agents.
 
     `envs` holds one environment for each seed, the policy the agents of all. Initial states depend
-    on the seeds alone, noise on the first, and training's random state is left as it was.
+    on the seeds alone and are none that a collector records, noise depends on the first seed, and
+    training's random state is left as it was.
     """
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seeds[0])
-        obs = np.concatenate([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
+        starts = [env.reset((seed, 0, 1)) for env, seed in zip(envs, seeds, strict=True)]
+        obs = np.concatenate(starts)
         returns = 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
@@ -738,6 +743,30 @@ def locked(run_dirs: Sequence[Path]) -> Iterator[None]:
         yield
 
 
+def open_run(run_dir: Path, script: Path, record: dict, step: int) -> SummaryWriter:
+    """Write args.json and a copy of the script; return the run's TensorBoard writer.
+
+    What another run has left there is moved to ../old/ first. It is another's if this one does not
+    resume, starts at step 0 where one has been finished, or has another group of seeds.
+    """
+    is_other = not record["resume"] or (step == 0 and (run_dir / "policy.pt").exists())
+    with suppress(OSError, ValueError, KeyError):  # without the file it is this run's
+        before = json.loads((run_dir / "args.json").read_text())
+        is_other |= any(before[key] != record[key] for key in ("first_seed", "num_seeds"))
+    if run_dir.exists() and is_other:
+        old = run_dir.parent / "old" / f"{run_dir.name}-{time.time_ns()}"
+        old.parent.mkdir(exist_ok=True)
+        run_dir.rename(old)
+        print(f"the previous run in {run_dir} is now {old}")
+    run_dir.mkdir(exist_ok=True)
+    write(run_dir / "args.json", save_json, record)
+    shutil.copy(script, run_dir)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    table = "".join(f"|{key}|{value}|\n" for key, value in record.items())
+    writer.add_text("settings", f"|setting|value|\n|-|-|\n{table}", step)
+    return writer
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that training stops between two updates."""
@@ -888,22 +917,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         try:
             for seed, run_dir in zip(seeds, run_dirs, strict=True):
                 record = asdict(args) | {"seed": seed, "first_seed": args.seed}
-                is_other = step == 0 and (run_dir / "policy.pt").exists()
-                with suppress(OSError, ValueError, KeyError):  # without the file it is this run's
-                    other = json.loads((run_dir / "args.json").read_text())
-                    keys = ("first_seed", "num_seeds")
-                    is_other |= any(other[key] != record[key] for key in keys)
-                if run_dir.exists() and (not args.resume or is_other):
-                    old = folder / "old" / f"{run_dir.name}-{time.time_ns()}"
-                    old.parent.mkdir(exist_ok=True)
-                    run_dir.rename(old)
-                    print(f"the previous run in {run_dir} is now {old}")
-                run_dir.mkdir(exist_ok=True)
-                write(run_dir / "args.json", save_json, record)
-                shutil.copy(script, run_dir)
-                writers.append(SummaryWriter(run_dir, purge_step=step + 1))
-                table = "".join(f"|{key}|{value}|\n" for key, value in record.items())
-                writers[-1].add_text("settings", f"|setting|value|\n|-|-|\n{table}", step)
+                writers.append(open_run(run_dir, script, record, step))
             bar = tqdm(total=args.num_updates, initial=step, unit="update", disable=None)
             update = compiled(update, states, args.device) if args.compile else update
             start = time.time() - seconds

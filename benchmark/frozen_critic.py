@@ -20,7 +20,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from efficiency import load_script  # noqa: E402
-from run import write_table  # noqa: E402
+from run import METHODS, write_table  # noqa: E402
 from variants import SplitPolicy  # noqa: E402
 
 from om2p_mpe import MPE, Critic, evaluate, normalized_score  # noqa: E402
@@ -90,6 +90,9 @@ def linear_share(obs: torch.Tensor, values: torch.Tensor) -> float:
 
 def main(args: Args) -> None:
     """Train and measure all, one after another."""
+    for method in args.methods:
+        if method.split()[0].removesuffix("-split") not in METHODS:
+            raise SystemExit(f"error: --methods has {method}; scripts are {', '.join(METHODS)}")
     torch.set_num_threads(1)
     env, rows = MPE(TASK, args.episodes), []
     for seed in args.seeds:

@@ -35,6 +35,8 @@ def main(args: Args) -> None:
     """Play the policies and draw them."""
     if not args.run_dirs:
         raise SystemExit("error: name run directories, as runs/simple_tag-expert/om2p_mpe/seed-0")
+    if args.episodes < 1 or args.seed < 0:
+        raise SystemExit("error: --episodes must be 1 or more, --seed 0 or more")
     mpl.use("Agg")
     rows, columns = len(args.run_dirs), args.episodes
     figure, axes = plt.subplots(

@@ -150,7 +150,7 @@ def machine_line(grid: str) -> str:
     machine = json.loads((RESULTS / f"{grid}.json").read_text())
     place = "" if machine["device"] == "cpu" else f", {machine['device']}"
     number = machine["workers"]  # none with Ray
-    workers = f"{number} run{'s' * (number > 1)} at a time" if number else "runs spread by Ray"
+    workers = f"{number} run{'s' * (number != 1)} at a time" if number else "runs spread by Ray"
     number = max(int(row["num_seeds"]) for row in read(f"{grid}.csv"))
     joint = f", up to {number} seeds in one" if number > 1 else ""
     return (

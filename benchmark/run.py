@@ -106,7 +106,15 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "derivative": ("jvp",),
     "derivative q-weight": ("jvp 32",),
     "delta": ("0.01",),
-    "variant": ("no-derivative", "released", "penalty", "smaller-q", "conservative", "split"),
+    "variant": (
+        "no-derivative",
+        "released",
+        "short-step",
+        "penalty",
+        "smaller-q",
+        "conservative",
+        "split",
+    ),
     "variant q-weight": ("no-derivative 2", "split 16"),
     "flow-ratio": ("0", "0.75", "1"),
     "time-alpha time-beta": ("0.5 1", "1 1", "2 2"),
@@ -114,7 +122,8 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "q-weight": ("0",),
 }
 ABLATION_MAMUJOCO = {
-    "delta": ("0.1", "0.03"),  # 0.1: the default anew, on the data of the others
+    "delta": ("0.1", "0.03", "0.3"),  # 0.1: the default anew, on the data of the others
+    "time-alpha": ("0.5", "1"),
     "delta q-weight": ("0.03 4", "0.03 8"),
     "derivative": ("jvp",),
 }
@@ -162,7 +171,7 @@ def ablation_grid() -> list[dict]:
 
 
 def ablation_mamujoco_grid() -> list[dict]:
-    """OM2P on HalfCheetah with du/dr computed otherwise."""
+    """OM2P on HalfCheetah held tighter to the data and less."""
     return [
         cell("om2p", CHEETAH, quality, seed, setting, value)
         for seed, (setting, values) in product(range(3), ABLATION_MAMUJOCO.items())
@@ -275,16 +284,21 @@ def command(cells: list[dict], args: Args) -> tuple[list[str], list[Path]]:
 
 
 def data_returns(data_dir: Path, task: str, quality: str, seed: int) -> np.ndarray:
-    """Returns of a dataset's episodes, mean over agents; one ends where rows do not go on."""
+    """Returns of a dataset's whole episodes, mean over agents; one ends where rows do not go on.
+
+    One that is shorter than the longest and does not end with `done` has been cut off.
+    """
     returns = []
     for part, share in om2p_mpe.MIXTURES.get(quality, ((quality, 1.0),)):
         folder = data_dir / task / part / f"seed_{seed}_data"
         rewards = np.stack([np.load(path) for path in sorted(folder.glob("rews_*.npy"))])
         rewards = rewards[:, : round(share * rewards.shape[1])].astype(np.float64).mean(axis=0)
-        obs, next_obs = (np.load(folder / f"{name}_0.npy") for name in ("obs", "next_obs"))
+        obs, next_obs, done = (np.load(folder / f"{k}_0.npy") for k in ("obs", "next_obs", "dones"))
         breaks = (next_obs[: len(rewards) - 1] != obs[1 : len(rewards)]).any(axis=-1)
-        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-        returns.append(np.add.reduceat(rewards, starts))
+        ends = np.append(np.flatnonzero(breaks), len(rewards) - 1)
+        lengths = np.diff(ends, prepend=-1)
+        whole = (lengths == lengths.max()) | (done[ends].reshape(-1) > 0)
+        returns.append(np.add.reduceat(rewards, ends - lengths + 1)[whole])
     return np.concatenate(returns)
 
 
@@ -386,8 +400,10 @@ def main(args: Args) -> None:
     """Run what is not finished, and write the tables after every cell."""
     if args.grid not in GRIDS:
         raise SystemExit(f"error: --grid is {args.grid}; it must be one of {', '.join(GRIDS)}")
-    if args.num_seeds < 1:
-        raise SystemExit(f"error: --num-seeds is {args.num_seeds}; it must be 1 or more")
+    for key in ("num_seeds", "workers"):
+        if getattr(args, key) < 1:
+            flag = key.replace("_", "-")
+            raise SystemExit(f"error: --{flag} is {getattr(args, key)}; it must be 1 or more")
     args.run_dir, args.data_dir = args.run_dir.resolve(), args.data_dir.resolve()
     cells = GRIDS[args.grid]()
     if args.dry_run:
@@ -425,9 +441,13 @@ def main(args: Args) -> None:
     }
     args.results_dir.mkdir(parents=True, exist_ok=True)
     path = args.results_dir / f"{args.grid}.json"
-    if rows and path.exists():  # finished cells may have run on another processor
-        before = json.loads(path.read_text())["processor"].split(" and ")
-        machine["processor"] = " and ".join(dict.fromkeys([*before, machine["processor"]]))
+    if rows and path.exists():  # finished cells may have run on another machine
+        for key, before in json.loads(path.read_text()).items():
+            known = [] if before is None else str(before).split(" and ")
+            if known and str(machine[key]) not in [*known, "None"]:
+                machine[key] = f"{before} and {machine[key]}"
+            elif known:
+                machine[key] = before
     path.write_text(json.dumps(machine, indent=2) + "\n")
 
     jobs = {submit(group): group for group in in_one_process(missing, args.num_seeds)}

@@ -5,6 +5,7 @@
 no-derivative      the target is v for every interval: no du/dr, plain flow matching
 released           loss and action of the authors' release (README, differences 1 and 2); times, Q
                    term and everything else are as here
+short-step         the difference quotient's step ends with the interval: min(delta, t - r)
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
 conservative       the critics' loss gets the term of OMAR's and DOM2's, with its weight there
@@ -34,7 +35,7 @@ om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 @dataclass
 class Args(om2p_mpe.Args):
     variant: Literal[
-        "no-derivative", "released", "penalty", "smaller-q", "conservative", "split"
+        "no-derivative", "released", "short-step", "penalty", "smaller-q", "conservative", "split"
     ] = "released"
     """what is made otherwise"""
 
@@ -55,6 +56,17 @@ def released_loss(policy, obs, action, noise, r, t, *_):
     with torch.no_grad():
         du_dt = (policy(obs, x + step * v, r, t + step) - u) / step
         target = v - (r - t) * du_dt
+    return squared_error(u, target)
+
+
+def short_step_loss(policy, obs, action, noise, r, t, delta, *_):
+    """The loss with the step min(delta, t - r), so that u' too is from within the interval."""
+    x, v = (1 - r) * noise + r * action, action - noise
+    step = (t - r).clamp(max=delta)
+    u = policy(obs, x, r, t)
+    with torch.no_grad():
+        change = policy(obs, x + step * v, r + step, t) - u
+        target = v + torch.where(t > r, (t - r) / step * change, 0)
     return squared_error(u, target)
 
 
@@ -115,6 +127,7 @@ class SplitPolicy(MeanFlowPolicy):
 CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
     "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
+    "short-step": {"mean_flow_loss": short_step_loss},
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
     "smaller-q": {"critic_loss": partial(om2p_mpe.critic_loss, aggregate=torch.amin)},
     "conservative": {"critic_loss": conservative_critic_loss},

@@ -40,10 +40,8 @@ with contextlib.redirect_stderr(io.StringIO()):  # the package's news about othe
     from gymnasium_robotics import mamujoco_v1
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
-WARM_UP, CHECK_INTERVAL = (
-    10_000,
-    2_500,
-)  # transitions before training, and from snapshot to snapshot
+WARM_UP = 10_000  # transitions before training
+CHECK_INTERVAL = 2_500  # from snapshot to snapshot
 
 
 @dataclass
@@ -228,7 +226,7 @@ class MaMuJoCo:
         dims = torch.tensor(self.action_dims)
         return (torch.arange(max(self.action_dims)) < dims[:, None, None]).float()
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Start K episodes; `seed` restarts the random numbers. Observations (N, K, obs_dim)."""
         self.done = np.zeros(self.num_episodes, bool)
         self.obs = np.zeros((self.num_agents, self.num_episodes, max(self.obs_dims)), np.float32)
@@ -348,6 +346,15 @@ def describe(args: Args, policies: list) -> str:
     return f"{snapshots} of MATD3, exploration noise {args.noise}"
 
 
+def check_behavior_dir() -> None:
+    """End the program before a long training if its result could not be saved."""
+    try:
+        BEHAVIOR_DIR.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=BEHAVIOR_DIR).close()
+    except OSError as problem:
+        stop(f"{BEHAVIOR_DIR} cannot be written", problem)
+
+
 def save_behavior(task: str, snapshots: list[Behavior], stages: dict, interval: int) -> Path:
     """Write data/behavior/<task>.npz; `stages` holds the indices of each stage's snapshots."""
     arrays = {}
@@ -356,7 +363,6 @@ def save_behavior(task: str, snapshots: list[Behavior], stages: dict, interval: 
         for k, column in enumerate(columns):
             arrays[f"{stage}_{k}"] = torch.stack(column).half().numpy()
         arrays[f"{stage}_step"] = interval * np.array(chosen)
-    BEHAVIOR_DIR.mkdir(exist_ok=True)
     path = BEHAVIOR_DIR / f"{task}.npz"
     np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
     path.with_suffix(".tmp.npz").replace(path)
@@ -478,6 +484,7 @@ def train_behavior(args: Args) -> None:
     the public medium-replay's, or to medium.
     """
     check_args(args)
+    check_behavior_dir()
     torch.manual_seed(args.seed)
     num_envs, batch_size, gamma, tau, reward_scale = 10, 256, 0.99, 0.005, 0.1
     env, check_env = (MaMuJoCo(args.task, num_envs, args.seed + k) for k in (0, 1))
@@ -542,9 +549,13 @@ def train_behavior(args: Args) -> None:
         "critic_optimizer": critic_optimizer,
     }
     path = BEHAVIOR_DIR / f"{args.task}.training.pt"
+    settings = {"seed": args.seed, "noise": args.noise, "train-steps": args.train_steps}
     if path.exists():
         try:
             state = torch.load(path, weights_only=True)
+            for name, value in settings.items():
+                if state["settings"][name] != value:
+                    raise ValueError(f"--{name} was {state['settings'][name]}, now {value}")
             for name, module in modules.items():
                 module.load_state_dict(state[name])
             step, updates, returns = state["step"], state["updates"], state["returns"]
@@ -555,7 +566,7 @@ def train_behavior(args: Args) -> None:
                 values[:step] = state["buffer"][name]
             torch.set_rng_state(state["rng"])
         except Exception as problem:
-            stop(f"{path} cannot be gone on from; remove it to begin anew", problem)
+            stop(f"{path} cannot be gone on from, remove it to begin anew", problem)
 
     obs, t = env.reset((args.seed, step)), 0
     with tqdm(total=args.train_steps, initial=step, unit="step", unit_scale=True) as bar:
@@ -572,7 +583,7 @@ def train_behavior(args: Args) -> None:
                     state["buffer"] = {
                         name: values[:step].clone() for name, values in buffer.items()
                     }
-                    state["rng"] = torch.get_rng_state()
+                    state |= {"rng": torch.get_rng_state(), "settings": settings}
                     torch.save(state, path.with_suffix(".tmp"))
                     path.with_suffix(".tmp").replace(path)
             alive = np.flatnonzero(~env.done)

@@ -185,7 +185,7 @@ class MPE:
     horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
     num_agents, action_dims, collector = LEARNERS, (2,) * LEARNERS, "collect_mpe.py"
 
-    def __init__(self, task: str, num_episodes: int, seed: int = 0, prey_policy=None):
+    def __init__(self, task: str, num_episodes: int, seed=0, prey_policy=None):
         self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
         self.rng = np.random.default_rng(seed)
         self.landmark_size = np.array(LANDMARK_SIZES[task])
@@ -198,13 +198,11 @@ class MPE:
             self.max_speed = np.array([1.0] * LEARNERS + [1.3])
         solid = self.landmark_size == SOLID
         self.body_size = np.concatenate([self.size, self.landmark_size[solid]])
-        self.solid, self.forest = (
-            np.flatnonzero(solid),
-            np.flatnonzero(self.landmark_size == FOREST),
-        )
+        self.solid = np.flatnonzero(solid)
+        self.forest = np.flatnonzero(self.landmark_size == FOREST)
         self.obs_dims = (self.reset().shape[-1],) * LEARNERS
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Place everything uniformly at random, at rest; `seed` restarts the random numbers.
 
         Returns the learners' observations (N, K, obs_dim), float32.
@@ -317,9 +315,8 @@ def load_prey(path: Path, obs_dim: int):
             weight, bias = layers[-1]
             return np.tanh(obs @ weight + bias)
 
-        if not np.isfinite(
-            prey_policy(np.zeros((1, 1, obs_dim), np.float32)).reshape(1, 1, 2)
-        ).all():
+        action = prey_policy(np.zeros((1, 1, obs_dim), np.float32))
+        if not np.isfinite(action.reshape(1, 1, 2)).all():
             raise ValueError("its actions are not finite")
     except Exception as problem:
         stop(f"{path} cannot be used as a prey", problem)
@@ -413,6 +410,15 @@ def describe(args: Args, policies: list) -> str:
     return f"{snapshots} of MATD3, exploration noise {args.noise}"
 
 
+def check_behavior_dir() -> None:
+    """End the program before a long training if its result could not be saved."""
+    try:
+        BEHAVIOR_DIR.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=BEHAVIOR_DIR).close()
+    except OSError as problem:
+        stop(f"{BEHAVIOR_DIR} cannot be written", problem)
+
+
 def save_behavior(task: str, snapshots: list[Behavior], stages: dict, interval: int) -> Path:
     """Write data/behavior/<task>.npz; `stages` holds the indices of each stage's snapshots."""
     arrays = {}
@@ -421,7 +427,6 @@ def save_behavior(task: str, snapshots: list[Behavior], stages: dict, interval: 
         for k, column in enumerate(columns):
             arrays[f"{stage}_{k}"] = torch.stack(column).half().numpy()
         arrays[f"{stage}_step"] = interval * np.array(chosen)
-    BEHAVIOR_DIR.mkdir(exist_ok=True)
     path = BEHAVIOR_DIR / f"{task}.npz"
     np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
     path.with_suffix(".tmp.npz").replace(path)
@@ -533,6 +538,7 @@ def train_behavior(args: Args) -> None:
     one nearest to the public medium's, and up to 12 from the start to that medium, evenly apart.
     """
     check_args(args)
+    check_behavior_dir()
     torch.manual_seed(args.seed)
     num_envs, batch_size, gamma, tau, reward_scale = 100, 512, 0.95, 0.01, 0.1
     warm_up, recent, check_interval = 20_000, 300_000, 5_000

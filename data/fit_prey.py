@@ -126,6 +126,10 @@ def main(args: Args) -> None:
         stop(f"{path} is missing; get it by `bash data/download.sh {args.task}`")
     obs_dim = MPE(args.task, 1).observe([LEARNERS]).shape[-1]
     original = load_prey(path, obs_dim)
+    if args.num_updates < 1:
+        stop(f"--num-updates is {args.num_updates}; it must be 1 or more")
+    if args.table and not args.table.parent.is_dir():
+        stop(f"--table {args.table}: {args.table.parent} is no folder")
     if not args.check:
         fit(args, original)
     ours = load_prey(BEHAVIOR_DIR / f"{args.task}_prey.npz", obs_dim)

@@ -17,6 +17,7 @@ import time
 from itertools import product
 from types import SimpleNamespace
 
+import collect_mamujoco
 import numpy as np
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_grids():
     sizes = {grid: len(cells()) for grid, cells in run.GRIDS.items()}
     assert sizes["mpe"] == 8 * 12 * 5
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
-    assert sizes["ablation_mamujoco"] == 5 * 4 * 3
+    assert sizes["ablation_mamujoco"] == sum(map(len, run.ABLATION_MAMUJOCO.values())) * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
@@ -111,7 +112,8 @@ def test_dry_run(tmp_path, capsys):
     [
         ({"grid": "nonsense"}, "mpe, mamujoco, tune, tune_mamujoco, ablation"),
         ({"ray": "local"}, "requirements-ray.txt"),
-        ({"num_seeds": 0}, "1 or more"),
+        ({"num_seeds": 0}, "--num-seeds is 0"),
+        ({"workers": 0}, "--workers is 0"),
     ],
 )
 def test_refusals(settings, reason, tmp_path, monkeypatch):
@@ -211,6 +213,21 @@ def test_rows(tiny):
     assert (machine["workers"], machine["device"]) == (2, "cpu")
 
 
+def test_returns_of_cut_off_episodes_do_not_count(tmp_path):
+    """The collector's own: 50 steps an episode; the last 25 rows are of one that was cut off."""
+    args = collect_mamujoco.Args("Reacher-2x1", "random", 3, 1_025, 0.1, tmp_path)
+    card = collect_mamujoco.collect(args)
+    returns = run.data_returns(tmp_path, "Reacher-2x1", "random", 3)
+    assert len(returns) == card["episodes"] == 20
+    assert returns.mean() == pytest.approx(card["return mean"], abs=0.01)
+    folder = tmp_path / "Reacher-2x1" / "random" / "seed_3_data"
+    for path in folder.glob("dones_*.npy"):  # it was not cut off, it ended
+        done = np.load(path)
+        done[-1] = 1
+        np.save(path, done)
+    assert len(run.data_returns(tmp_path, "Reacher-2x1", "random", 3)) == 21
+
+
 def test_curves(tiny):
     """Every evaluation of these runs; the last is the row's score, the highest its best."""
     for cell, steps in zip(tiny.cells, (["6"], [], ["3", "6"]), strict=True):
@@ -274,10 +291,10 @@ def test_finished_cells_are_not_run(tiny, no_training, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in tiny.args.results_dir.iterdir()} == files
 
 
-def test_processors_of_finished_cells_are_kept(tiny, no_training, monkeypatch, tmp_path):
+def test_machines_of_finished_cells_are_kept(tiny, no_training, monkeypatch, tmp_path):
     """A grid that goes on elsewhere names both; one that starts anew forgets what was there."""
     monkeypatch.setitem(run.GRIDS, "tiny", lambda: tiny.cells)
-    args = run.Args(**vars(tiny.args) | {"results_dir": tmp_path})
+    args = run.Args(**vars(tiny.args) | {"results_dir": tmp_path, "workers": 1})
     for file in tiny.args.results_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     first = run.processor()
@@ -285,11 +302,14 @@ def test_processors_of_finished_cells_are_kept(tiny, no_training, monkeypatch, t
         monkeypatch.setattr(run, "processor", lambda name=name: name)
         with pytest.raises(SystemExit):  # one cell fails
             run.main(args)
-        assert json.loads((tmp_path / "tiny.json").read_text())["processor"] == expected
+        machine = json.loads((tmp_path / "tiny.json").read_text())
+        assert (machine["processor"], machine["workers"]) == (expected, "2 and 1")
+        assert machine["cores"] == os.cpu_count()
     (tmp_path / "tiny.csv").unlink()
     with pytest.raises(SystemExit):
         run.main(args)
-    assert json.loads((tmp_path / "tiny.json").read_text())["processor"] == first
+    machine = json.loads((tmp_path / "tiny.json").read_text())
+    assert (machine["processor"], machine["workers"]) == (first, 1)
 
 
 def test_lost_results_come_from_the_runs(tiny, no_training, monkeypatch, tmp_path):
@@ -709,6 +729,23 @@ def test_losses_of_variants():
     torch.testing.assert_close(variants.no_derivative_loss(policy, obs, action, noise, r, r), whole)
 
 
+def test_short_step():
+    """Within an interval longer than delta it is OM2P's; a shorter one is stepped to its end."""
+    policy, obs, action, noise = make_variant(MeanFlowPolicy)
+    r = torch.full((2, 8, 1), 0.3)
+    inputs = policy, obs, action, noise
+    for t in (r + 0.25, r):  # no more than delta, 0.2, or the end; and r = t
+        torch.testing.assert_close(
+            variants.short_step_loss(*inputs, r, t, 0.2, "jvp"),
+            mean_flow_loss(*inputs, r, t, 0.2),
+        )
+    t = r + 0.1
+    x, v = 0.7 * noise + 0.3 * action, action - noise
+    u, end = policy(obs, x, r, t), policy(obs, x + 0.1 * v, t, t)
+    expected = ((u - (v + end - u)) ** 2).sum() / 16  # (t - r) du/dr is the whole difference
+    torch.testing.assert_close(variants.short_step_loss(*inputs, r, t, 0.2, "jvp"), expected)
+
+
 def test_actions_of_variants():
     """The release acts with u alone; the penalty's policy as OM2P, and keeps what was clipped."""
     kinds = (MeanFlowPolicy, variants.ReleasedPolicy, variants.FreePolicy)
@@ -817,6 +854,12 @@ def test_noise_needs_the_runs(tmp_path, monkeypatch):
     reason = refusal(noise.main, noise.Args(run_dir=tmp_path))
     assert "HalfCheetah-2x3-expert/om2p_mamujoco/seed-0 has no policy.pt" in reason
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_frozen_critic_needs_scripts(tmp_path):
+    """A name that no script has is refused before the critic is trained."""
+    args = frozen_critic.Args(("om2p-split --q-weight 2", "abacus"), data_dir=tmp_path)
+    assert "abacus" in refusal(frozen_critic.main, args)
 
 
 def test_picture_needs_a_run():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import collect_mpe
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import om2p_mpe
-from om2p_mpe import MPE, find_prey, load_dataset
+from om2p_mpe import MPE, evaluate, find_prey, load_dataset
 
 BEHAVIOR = ROOT / "data" / "behavior"
 FILES = {"obs": "obs", "action": "acs", "reward": "rews", "next_obs": "next_obs", "done": "dones"}
@@ -183,6 +184,12 @@ def test_missing_dataset_with_a_collector_that_fails(place, monkeypatch, tmp_pat
     assert "collect_mpe.py could not" in refusal(load, tmp_path / "x", "simple_tag", "medium", 3)
     options = ["--task", "simple_tag", "--quality", "medium", "--seed", "3"]
     assert str([*options, "--data-dir", str(tmp_path / "x")]) in capfd.readouterr().out
+
+
+def test_interrupted_while_data_are_made(monkeypatch, tmp_path):
+    """Ctrl-C ends the collector and the script that has started it, which says so."""
+    monkeypatch.setattr(om2p_mpe.subprocess, "run", Mock(side_effect=KeyboardInterrupt))
+    assert "stopped" in refusal(load, tmp_path)
 
 
 def test_missing_dataset_made_by_another_process(make_data, monkeypatch, tmp_path):
@@ -477,6 +484,27 @@ def test_no_initial_state_is_repeated(tmp_path):
     _, files = collect(tmp_path, "simple_tag", "medium-replay", transitions=12 * 25 * 10)
     first = files["obs_0.npy"][::25]
     assert len(np.unique(first, axis=0)) == len(first) == 120
+
+
+class Still:
+    """A policy that does nothing and remembers the first observations."""
+
+    first = None
+
+    def act(self, obs):
+        self.first = obs.numpy().copy() if self.first is None else self.first
+        return torch.zeros(*obs.shape[:-1], 2)
+
+
+def test_evaluation_starts_where_no_data_do(tmp_path):
+    """With the dataset's seed, no agent begins an evaluation episode where it began a recorded."""
+    _, files = collect(tmp_path, transitions=1_250, seed=3)
+    policy = Still()
+    evaluate(policy, [MPE("simple_spread", 1_000)], [3])
+    for i in range(3):
+        recorded = {tuple(place) for place in files[f"obs_{i}.npy"][::25, 2:4]}
+        assert len(recorded) == 50
+        assert not recorded & {tuple(place) for place in policy.first[i, :, 2:4]}
 
 
 def test_existing_dataset_is_refused(tmp_path):

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import collect_mamujoco
+import collect_mpe
 import gymnasium
 import mujoco
 import numpy as np
@@ -338,6 +340,47 @@ def test_bad_settings_of_the_collector(changes, reason, tmp_path):
     args = collect_mamujoco.Args(**{"data_dir": tmp_path, **changes})
     assert reason in refusal(collect_mamujoco.collect, args)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_starts_where_no_data_do(tmp_path):
+    """With the dataset's seed, no evaluation episode begins as a recorded one."""
+    _, files = collect(tmp_path, "Reacher-2x1", transitions=500, seed=3)
+    seen = []
+
+    def act(obs):
+        seen.append(obs.numpy().copy())
+        return torch.zeros(*obs.shape[:-1], 1)
+
+    om2p_mamujoco.evaluate(SimpleNamespace(act=act), [MaMuJoCo("Reacher-2x1", 20)], [3])
+    recorded = {tuple(obs) for obs in files["obs_1"][::50]}
+    assert len(recorded) == 10
+    assert not recorded & {tuple(obs[:6]) for obs in seen[0][1]}
+
+
+def test_training_with_other_settings_is_refused(tmp_path, monkeypatch):
+    """A stopped training goes on with its own settings alone, and stays as it is otherwise."""
+    monkeypatch.setattr(collect_mamujoco, "BEHAVIOR_DIR", tmp_path)
+    path = tmp_path / "Reacher-2x1.training.pt"
+    torch.save({"settings": {"seed": 3, "noise": 0.1, "train-steps": 20_000}}, path)
+    before = path.read_bytes()
+    for change, reason in (
+        ({"seed": 4}, "--seed was 3, now 4"),
+        ({"seed": 3, "train_steps": 10_000}, "--train-steps was 20000, now 10000"),
+    ):
+        args = collect_mamujoco.Args(**{"train_steps": 20_000, "task": "Reacher-2x1"} | change)
+        assert reason in refusal(collect_mamujoco.train_behavior, args)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("script", [collect_mamujoco, collect_mpe], ids=lambda s: s.__name__)
+def test_training_needs_a_place_for_its_result(script, tmp_path, monkeypatch):
+    """A folder that cannot be made ends it before it begins; one that is missing is made."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(script, "BEHAVIOR_DIR", tmp_path / "file")
+    assert "file cannot be written" in refusal(script.train_behavior, script.Args())
+    monkeypatch.setattr(script, "BEHAVIOR_DIR", tmp_path / "folder")
+    script.check_behavior_dir()
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_training_resumes_and_its_policies_play(tmp_path, monkeypatch, capsys):

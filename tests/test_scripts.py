@@ -456,7 +456,7 @@ def test_bad_command_line(wrong, script, monkeypatch, capsys):
         ({"quality": "medium-expert"}, "no {task} medium data"),
         ({"seed": 1}, "seed 1"),
         ({"task": "other"}, "no {other} expert data"),
-        ({"quality": "medium", "device": "abacus", "num_updates": 0}, "error"),
+        ({"quality": "medium", "device": "abacus", "num_updates": 0}, "--num-updates is 0"),
     ],
     ids=str,
 )

@@ -82,6 +82,7 @@ def test_no_renderer_is_one_line(monkeypatch):
         ({"out": "team.avi"}, "--out"),
         ({"steps": 0}, "--steps"),
         ({"size": 0}, "--size"),
+        ({"seed": -1}, "--seed"),
         ({"run_dir": "nowhere"}, "nowhere is not the directory of a finished run"),
     ],
     ids=str,

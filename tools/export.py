@@ -89,11 +89,15 @@ def main(args: Args) -> None:
             stop(
                 f"the exported team acts otherwise than the script, by {error}; nothing is written"
             )
+    temporary = args.out.with_name(args.out.name + ".tmp")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_bytes(buffer.getvalue())
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(args.out)
     except OSError as problem:
         stop(f"{args.out} cannot be written: {problem}")
+    finally:
+        temporary.unlink(missing_ok=True)
     obs = torch.zeros(num_agents, 1, obs_dim)
     print(
         f"{args.out}: {num_agents} agents, observations of {obs_dim} numbers, "

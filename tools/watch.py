@@ -76,7 +76,10 @@ def load_team(run_dir: Path, num_episodes: int, seed: int, data_dir: Path | None
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as problem:
+        stop(f"{script} does not stand alone: {problem}")
     if hasattr(module, "MaMuJoCo"):
         env = module.MaMuJoCo(settings["task"], num_episodes, seed)
     else:
@@ -161,6 +164,8 @@ def main(args: Args) -> None:
     for name in ("steps", "every", "size"):
         if getattr(args, name) < 1:
             stop(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if args.seed < 0:
+        stop(f"--seed is {args.seed}; it must be 0 or more")
     on_mujoco = any(path.stem.endswith("_mamujoco") for path in args.run_dir.glob("*.py"))
     if on_mujoco:
         choose_renderer()
@@ -176,14 +181,18 @@ def main(args: Args) -> None:
         if not on_mujoco or step % args.every == 0:
             frames.append(next(pictures))
     pictures.close()
+    temporary = args.out.with_name(f"{args.out.stem}.tmp{args.out.suffix}")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.suffix == ".gif":
-            imageio.mimsave(args.out, frames, duration=1000 / (20 if on_mujoco else 10), loop=0)
+            imageio.mimsave(temporary, frames, duration=1000 / (20 if on_mujoco else 10), loop=0)
         else:
-            imageio.mimsave(args.out, frames, fps=20 if on_mujoco else 10)
+            imageio.mimsave(temporary, frames, fps=20 if on_mujoco else 10)
+        temporary.replace(args.out)
     except Exception as problem:
         stop(f"{args.out} cannot be written: {problem}")
+    finally:
+        temporary.unlink(missing_ok=True)
     print(
         f"{args.out}: {team.settings['task']}, {length} steps, "
         f"return so far {', '.join(f'{value:.1f}' for value in returns)}"
