@@ -189,6 +189,16 @@ def policy_loss(policy: nn.Module, batch: dict) -> torch.Tensor:
 # endregion bc
 
 
+# region stop
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion stop
+
+
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
@@ -200,14 +210,6 @@ RANGES = {  # of the settings, ends included; a script adds its own
     "hidden_dims": (1, 20_000),
     "learning_rate": (0, math.inf),
 }
-
-
-def stop(message: str, problem: Exception | None = None) -> NoReturn:
-    """End the program with one line on stderr and exit status 1."""
-    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
-    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
-
-
 # endregion ranges
 
 

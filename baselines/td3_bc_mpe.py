@@ -233,6 +233,16 @@ def policy_loss(
 # endregion td3_bc
 
 
+# region stop
+def stop(message: str, problem: Exception | None = None) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
+    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
+
+
+# endregion stop
+
+
 # region ranges
 RANGES = {  # of the settings, ends included; a script adds its own
     "seed": (0, 2**31),
@@ -244,14 +254,6 @@ RANGES = {  # of the settings, ends included; a script adds its own
     "hidden_dims": (1, 20_000),
     "learning_rate": (0, math.inf),
 }
-
-
-def stop(message: str, problem: Exception | None = None) -> NoReturn:
-    """End the program with one line on stderr and exit status 1."""
-    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
-    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
-
-
 # endregion ranges
 
 RANGES |= {"gamma": (0, 1), "tau": (0, 1), "q_weight": (0, math.inf)}

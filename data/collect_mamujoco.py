@@ -129,26 +129,14 @@ class Critic(nn.Module):
 # endregion networks
 
 
-# region ranges
-RANGES = {  # of the settings, ends included; a script adds its own
-    "seed": (0, 2**31),
-    "num_seeds": (1, 1_000),
-    "eval_interval": (1, math.inf),
-    "eval_episodes": (1, 1_000_000),
-    "num_updates": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "hidden_dims": (1, 20_000),
-    "learning_rate": (0, math.inf),
-}
-
-
+# region stop
 def stop(message: str, problem: Exception | None = None) -> NoReturn:
     """End the program with one line on stderr and exit status 1."""
     reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
     raise SystemExit(f"error: {message}{reason}".splitlines()[0])
 
 
-# endregion ranges
+# endregion stop
 
 
 # region mamujoco

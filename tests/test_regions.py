@@ -15,7 +15,7 @@ PATTERNS = ("om2p_*.py", "baselines/*.py", "data/collect_*.py")
 SCRIPTS = [path.relative_to(ROOT) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 BASELINES = [script for script in SCRIPTS if script.parent == Path("baselines")]
 FRAME = {"args", "args_training", "networks", "ranges", "dataset", "evaluate", "compile", "write"}
-FRAME |= {"setup", "prepare", "loop"}
+FRAME |= {"setup", "prepare", "loop", "stop"}
 CRITIC = {"imports", "args_critic", "td"}
 CONSERVATIVE = CRITIC | {"args_conservative", "q_of_samples", "update_conservative"}
 METHODS = {  # exactly these, the frame and those of the suite
@@ -36,7 +36,7 @@ def expected_regions(script: Path) -> set[str]:
     """Names of the regions that a script must have, no more and no less."""
     method, suite = script.stem.rsplit("_", 1)
     if method == "collect":
-        return {"networks", "ranges", "behavior", suite}
+        return {"networks", "stop", "behavior", suite}
     names = FRAME | METHODS[method] | {suite, f"args_{suite}"}
     if suite == "mamujoco":
         names = {f"{name}_mamujoco" if name in ANEW else name for name in names}
