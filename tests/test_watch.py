@@ -76,6 +76,14 @@ def test_no_renderer_is_one_line(monkeypatch):
     assert "EGL" in refusal(watch.choose_renderer)
 
 
+def test_missing_packages(particle_run, tmp_path, monkeypatch):
+    """It says what to install before anything is played."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = watch.Args(particle_run, tmp_path / "team.gif")
+    assert "pip install -r requirements-dev.txt" in refusal(watch.main, args)
+    assert not list(tmp_path.glob("team*"))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

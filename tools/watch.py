@@ -157,8 +157,6 @@ def robot_frames(team, size: int):
 @torch.no_grad()
 def main(args: Args) -> None:
     """Play, draw and write."""
-    import imageio  # here, since others use `load_team`
-
     if args.out.suffix not in (".gif", ".mp4"):
         stop(f"--out {args.out} must end in .gif or .mp4")
     for name in ("steps", "every", "size"):
@@ -167,6 +165,13 @@ def main(args: Args) -> None:
     if args.seed < 0:
         stop(f"--seed is {args.seed}; it must be 0 or more")
     on_mujoco = any(path.stem.endswith("_mamujoco") for path in args.run_dir.glob("*.py"))
+    try:  # here, since others use `load_team`
+        import imageio
+
+        if not on_mujoco:
+            importlib.import_module("matplotlib")
+    except ImportError as problem:
+        stop(f"pip install -r requirements-dev.txt: {problem}")
     if on_mujoco:
         choose_renderer()
     team = load_team(args.run_dir, 1 if on_mujoco else 4, args.seed, args.data_dir)
