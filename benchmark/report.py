@@ -54,7 +54,7 @@ GRIDS = {  # of benchmark/run.py
     "tune": "every method's main settings, on four datasets of the particle environments",
     "tune_mamujoco": "every method's main setting, on two datasets of HalfCheetah-2x3",
     "ablation": "OM2P without or with other ideas",
-    "ablation_mamujoco": "OM2P's du/dr on HalfCheetah-2x3",
+    "ablation_mamujoco": "OM2P's delta, times and du/dr on HalfCheetah-2x3",
     "published": "MA-TD3+BC by OMAR's settings",
 }
 PUBLISHED = """
