@@ -51,6 +51,7 @@ METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figur
 GRIDS = {  # of benchmark/run.py
     "mpe": "all methods on the particle environments",
     "mamujoco": "all methods on HalfCheetah-2x3",
+    "equal_time": "the methods with critics, each for as long as OM2P's 4,000 updates take",
     "tune": "every method's main settings, on four datasets of the particle environments",
     "tune_mamujoco": "every method's main setting, on two datasets of HalfCheetah-2x3",
     "ablation": "OM2P without or with other ideas",
@@ -273,6 +274,28 @@ def details_table() -> str:
         rows.append((name, *scores, updates, len(runs)))
     header = ("method", "final score", "best score during training", "updates", "runs")
     return markdown(header, rows)
+
+
+def equal_time_table() -> str:
+    """Average scores with as many updates as OM2P, from the grid `mpe`, and with as much time."""
+    cells, _, names = suite_cells("mpe")
+    short = group(read("equal_time.csv"), "method", "task", "quality")
+    updates = {method: int(rows[0]["updates"]) for (method, _, _), rows in short.items()}
+    updates["om2p"] = int(cells["om2p", *DATASETS["mpe"][0]][0]["updates"])
+    short |= {key: rows for key, rows in cells.items() if key[0] == "om2p"}
+    methods = [method for method in names if method in updates]
+    columns = [
+        highlight([averages(part, method, "mpe") for method in methods], estimate)
+        for part in (cells, short)
+    ]
+    own = updates["om2p"]
+    rows = [
+        (names[method], score, f"{own / updates[method]:.2f}", f"{updates[method]:,}", short_score)
+        for method, score, short_score in zip(methods, *columns, strict=True)
+    ]
+    header = ("method", f"score after {own:,} updates", "their time, OM2P = 1")
+    header += ("updates in OM2P's time", "score after these")
+    return f"{markdown(header, rows)}\n\n{machine_line('equal_time')}"
 
 
 def returns_table() -> str:
@@ -505,6 +528,7 @@ TABLES = {  # name -> function and the file that it needs
     "mamujoco": (partial(suite_table, "mamujoco"), "mamujoco.csv"),
     "grids": (grids_table, "mpe.csv"),
     "mpe_details": (details_table, "mpe.csv"),
+    "equal_time": (equal_time_table, "equal_time.csv"),
     "returns": (returns_table, "mpe.csv"),
     "published": (published_table, ""),
     "tune": (partial(tune_table, "tune", "mpe"), "tune.csv"),

@@ -4,6 +4,7 @@
     python benchmark/run.py --grid mamujoco     # eight methods, HalfCheetah's four, three seeds
     python benchmark/run.py --grid tune         # values of every method's main settings on the MPE
     python benchmark/run.py --grid tune_mamujoco            # and on HalfCheetah
+    python benchmark/run.py --grid equal_time   # the rivals, each for as long as OM2P takes
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
     python benchmark/run.py --grid ablation_mamujoco        # on HalfCheetah
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
@@ -127,6 +128,14 @@ ABLATION_MAMUJOCO = {
     "delta q-weight": ("0.03 4", "0.03 8"),
     "derivative": ("jvp",),
 }
+EQUAL_TIME = {  # updates in the time of OM2P's 4,000: its share of updates/s, efficiency_cpu.csv
+    "diffusion_ql": "2200",
+    "dom2": "690",
+    "flow_ql": "1810",
+    "fql": "3150",
+    "omar": "980",
+    "td3_bc": "5550",
+}
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
     "hidden-dims": "64,64",
     "learning-rate": "0.01",
@@ -148,6 +157,16 @@ def mpe_grid() -> list[dict]:
     return [
         cell(method, task, quality, seed)
         for seed, task, quality, method in product(SEEDS, TASKS, QUALITIES, METHODS)
+    ]
+
+
+def equal_time_grid() -> list[dict]:
+    """Every rival with critics, trained for the time that OM2P takes."""
+    return [
+        cell(method, task, quality, seed, "num-updates", updates)
+        for (method, updates), task, quality, seed in product(
+            EQUAL_TIME.items(), TASKS, QUALITIES, range(3)
+        )
     ]
 
 
@@ -207,6 +226,7 @@ TRAININGS: set[subprocess.Popen] = set()  # those that run now on this machine
 GRIDS = {
     "mpe": mpe_grid,
     "mamujoco": mamujoco_grid,
+    "equal_time": equal_time_grid,
     "tune": tune_grid,
     "tune_mamujoco": tune_mamujoco_grid,
     "ablation": ablation_grid,
@@ -223,7 +243,7 @@ def suite(task: str) -> str:
 @dataclass
 class Args:
     grid: str = "mpe"
-    """mpe, mamujoco, tune, tune_mamujoco, ablation, ablation_mamujoco or published"""
+    """mpe, mamujoco, equal_time, tune, tune_mamujoco, ablation, ablation_mamujoco or published"""
     workers: int = 2
     """trainings at a time, one thread each"""
     run_dir: Path = Path("runs/benchmark")
@@ -234,6 +254,8 @@ class Args:
     """where the tables go, and where finished cells are looked up"""
     device: str = "cpu"
     """of the trainings: cpu, cuda"""
+    compile: bool = torch.cuda.is_available()
+    """as the scripts' --compile; on a CPU it halves the time of DOM2's long runs"""
     num_seeds: int = 1
     """seeds that one process trains, where as many that follow one another are missing"""
     num_updates: int | None = None
@@ -271,7 +293,7 @@ def command(cells: list[dict], args: Args) -> tuple[list[str], list[Path]]:
     words = [sys.executable, str(script), "--resume", "--device", args.device]
     words += ["--task", cell["task"], "--quality", cell["quality"], "--seed", str(cell["seed"])]
     words += ["--num-seeds", str(len(cells))] if len(cells) > 1 else []
-    words += ["--no-compile"] if args.device == "cpu" else []
+    words += ["--compile" if args.compile else "--no-compile"]
     names, values = cell["setting"].split(), cell["value"].split()
     for name, value in zip(names, values, strict=True):
         words += [f"--{name}", *value.split(",")]

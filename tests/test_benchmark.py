@@ -25,6 +25,7 @@ import tyro
 from conftest import ROOT, refusal
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import efficiency
 import frozen_critic
 import noise
 import picture
@@ -62,6 +63,7 @@ def test_grids():
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
     assert sizes["ablation_mamujoco"] == sum(map(len, run.ABLATION_MAMUJOCO.values())) * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
+    assert sizes["equal_time"] == 6 * 12 * 3
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
     assert set(run.METHODS) == set(report.METHODS)
@@ -527,6 +529,30 @@ def test_other_tables_of_the_grid_mpe(results):
     assert cells(tables["data"])["simple_tag", "medium"] == ["40.0 ± 5.0", "88.7"]
 
 
+def test_equal_time_table(results):
+    """Scores with OM2P's updates and with its time, of methods that have both."""
+    results("mpe", mpe_rows())
+    rows = [row("bc", *data, seed, 30) for data in report.DATASETS["mpe"] for seed in (0, 1)]
+    results("equal_time", [r | {"updates": 500} for r in rows])
+    table = cells(report.tables()["equal_time"])
+    assert table["OM2P", "**51.0 ± 1.0**"] == ["1.00", "4,000", "**51.0 ± 1.0**"]
+    assert table["BC", "**51.0**"] == ["8.00", "500", "30.0 ± 0.0"]
+    assert len(table) == 2 + 2
+
+
+def test_equal_times():
+    """The updates of the grid equal_time are those that the measured rates give."""
+    rates = {}
+    for r in report.read("efficiency_cpu.csv"):
+        script, settings = efficiency.METHODS[r["method"]]
+        defaults = vars(efficiency.load_script(script).Args())
+        if r["part"] == "default" and settings.items() <= defaults.items():
+            rates.setdefault(script, float(r["updates_per_second"]))
+    updates = run.om2p_mpe.Args().num_updates
+    for method, number in run.EQUAL_TIME.items():
+        assert int(number) == pytest.approx(updates * rates[method] / rates["om2p"], rel=0.05)
+
+
 def test_grids_table(results):
     """Two seeds in one process share its time; a grid without results is left out."""
     results("mpe", [row | {"seconds": 3600} for row in mpe_rows()])
@@ -632,9 +658,9 @@ def test_readme_and_figures(results, capsys):
     text = report.PAGES[0].read_text() + report.PAGES[1].read_text()
     for name, table in report.tables().items():
         assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in text
-    # prey, chaos, tune, ablation, three of mamujoco, noise, frozen critic, and costs: of CPU, of
-    # both compiled
-    assert text.count("\nold\n") == 9 + 4 + 1 + 4
+    # prey, chaos, equal time, tune, ablation, three of mamujoco, noise, frozen critic, and costs:
+    # of CPU, of both compiled
+    assert text.count("\nold\n") == 10 + 4 + 1 + 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert all(name in said for name in ("prey", "tune (no tune.csv)", "ablation"))
