@@ -114,7 +114,7 @@ class Args:
     """weight of the conservative term in the critics' loss, 0 or more; 0 is plain TD learning"""
     # region args_conservative
     cql_samples: int = 10
-    """actions of each kind in the conservative term, 1 or more"""
+    """uniform actions in the conservative term, 1 or more; OMAR's on MuJoCo has its own as well"""
     # endregion args_conservative
     # region args_omar
     omar_coe: float = 0.7
@@ -237,7 +237,7 @@ def conservative_term(
     """log sum_j exp Q(o, a_j) - Q(o, a_data) with uniform a_j (CQL, equation 4).
 
     Takes the Q of the recorded actions, (E, N, B); mean over the batch, sum over critics, agents.
-    The policy's own actions are not lowered, and it is not used.
+    Of the policy, which OMAR's term on MuJoCo takes, nothing is used here.
     """
     samples = torch.empty(args.cql_samples, *batch["action"].shape, device=q.device)
     others = q_of_samples(critic, batch["obs"], samples.uniform_(-1, 1)).logsumexp(dim=1)
@@ -687,14 +687,13 @@ def compiled(update: Callable, states: dict, device: str) -> Callable:
         if calls > 4:
             return attempt()
         saved = deepcopy({name: part.state_dict() for name, part in states.items()})
-        modules = [part for part in states.values() if isinstance(part, nn.Module)]
-        trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
         rng, place = torch.get_rng_state(), torch.cuda.current_stream(device) if on_gpu else None
         cuda_rng = torch.cuda.get_rng_state(device) if on_gpu else None
         try:
             return attempt()
         except Exception as problem:
-            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            cause = problem.__context__ or problem  # what a failing capture hides behind its own
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         print(f"warning: going on without --compile, which fails: {reason}", file=sys.stderr)
         fast, graph = update, None
         try:
@@ -705,8 +704,6 @@ def compiled(update: Callable, states: dict, device: str) -> Callable:
             torch.set_rng_state(rng)
             for name, part in states.items():
                 part.load_state_dict(saved[name])
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
             return update()
         except Exception as problem:  # a failed capture may leave a GPU unusable to its process
             stop("--compile has failed here: run with --no-compile", problem)
@@ -769,14 +766,14 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str], device="cpu") -> di
                 if archive.testzip():
                     raise ValueError("it is damaged")
             state = torch.load(path, map_location=device, weights_only=True)
-            changed = {key: value for key, value in state["settings"].items() if key not in FREE}
+            before = {key: value for key, value in state["settings"].items() if key not in FREE}
             break
         except Exception as problem:
             if path is paths[-1]:
                 stop(f"{path} cannot be resumed", problem)
     else:
         return None
-    for key, value in changed.items():
+    for key, value in before.items():
         if value != settings.get(key):
             name = f"--{key.replace('_', '-')}"
             stop(f"{run_dir} cannot be resumed: {name} was {value}, now {settings.get(key)}")
@@ -899,6 +896,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         batch = sample(dataset, args.batch_size, args.num_seeds)
 
         # Critic: one step towards the TD target, and recorded actions above others
+        critic.requires_grad_(True)
         td, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
         gap = conservative_term(critic, policy, batch, q, args)
         loss = td + args.cql_alpha * gap
@@ -913,7 +911,6 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        critic.requires_grad_(True)
         losses |= {"policy": loss.detach(), **parts}
 
         # Target networks
@@ -947,7 +944,9 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
             try:
                 for name, part in states.items():
                     part.load_state_dict(state["states"][name])
-                step, seconds, histories, returns, sums, count = state["progress"].values()
+                progress = state["progress"]
+                step, seconds, returns = (progress[key] for key in ("step", "seconds", "returns"))
+                histories, sums, count = (progress[key] for key in ("histories", "sums", "count"))
                 returns = returns.cpu()
                 torch.set_rng_state(state["rng"].cpu())
                 if args.device.startswith("cuda") and "cuda_rng" in state:
@@ -1026,10 +1025,10 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
                 if signals:
                     raise SystemExit(f"stopped at update {step}; --resume goes on from there")
             for k, run_dir in enumerate(run_dirs):
-                weights = policy.state_dict()
+                weights = {key: value.cpu() for key, value in policy.state_dict().items()}
                 if args.num_seeds > 1:  # along the first dimension, as the agents of one team
-                    parts = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
-                    weights = {key: part[k].clone() for key, part in parts.items()}
+                    by_seed = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
+                    weights = {key: values[k].clone() for key, values in by_seed.items()}
                 write(run_dir / "metrics.csv", save_table, histories[k])
                 write(run_dir / "policy.pt", torch.save, weights)
                 write(run_dir / "final_returns.npy", save_array, returns[k].numpy())

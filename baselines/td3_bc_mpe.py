@@ -616,14 +616,13 @@ def compiled(update: Callable, states: dict, device: str) -> Callable:
         if calls > 4:
             return attempt()
         saved = deepcopy({name: part.state_dict() for name, part in states.items()})
-        modules = [part for part in states.values() if isinstance(part, nn.Module)]
-        trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
         rng, place = torch.get_rng_state(), torch.cuda.current_stream(device) if on_gpu else None
         cuda_rng = torch.cuda.get_rng_state(device) if on_gpu else None
         try:
             return attempt()
         except Exception as problem:
-            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            cause = problem.__context__ or problem  # what a failing capture hides behind its own
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         print(f"warning: going on without --compile, which fails: {reason}", file=sys.stderr)
         fast, graph = update, None
         try:
@@ -634,8 +633,6 @@ def compiled(update: Callable, states: dict, device: str) -> Callable:
             torch.set_rng_state(rng)
             for name, part in states.items():
                 part.load_state_dict(saved[name])
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
             return update()
         except Exception as problem:  # a failed capture may leave a GPU unusable to its process
             stop("--compile has failed here: run with --no-compile", problem)
@@ -698,14 +695,14 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str], device="cpu") -> di
                 if archive.testzip():
                     raise ValueError("it is damaged")
             state = torch.load(path, map_location=device, weights_only=True)
-            changed = {key: value for key, value in state["settings"].items() if key not in FREE}
+            before = {key: value for key, value in state["settings"].items() if key not in FREE}
             break
         except Exception as problem:
             if path is paths[-1]:
                 stop(f"{path} cannot be resumed", problem)
     else:
         return None
-    for key, value in changed.items():
+    for key, value in before.items():
         if value != settings.get(key):
             name = f"--{key.replace('_', '-')}"
             stop(f"{run_dir} cannot be resumed: {name} was {value}, now {settings.get(key)}")
@@ -828,6 +825,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         batch = sample(dataset, args.batch_size, args.num_seeds)
 
         # Critic: one step towards the TD target, the smaller of the two critics
+        critic.requires_grad_(True)
         loss, q = critic_loss(critic, target_critic, target_policy, batch, args.gamma, torch.amin)
         critic_optimizer.zero_grad()
         loss.backward()
@@ -840,7 +838,6 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        critic.requires_grad_(True)
         losses |= {"policy": loss.detach(), **parts}
 
         # Target networks
@@ -874,7 +871,9 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
             try:
                 for name, part in states.items():
                     part.load_state_dict(state["states"][name])
-                step, seconds, histories, returns, sums, count = state["progress"].values()
+                progress = state["progress"]
+                step, seconds, returns = (progress[key] for key in ("step", "seconds", "returns"))
+                histories, sums, count = (progress[key] for key in ("histories", "sums", "count"))
                 returns = returns.cpu()
                 torch.set_rng_state(state["rng"].cpu())
                 if args.device.startswith("cuda") and "cuda_rng" in state:
@@ -953,10 +952,10 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
                 if signals:
                     raise SystemExit(f"stopped at update {step}; --resume goes on from there")
             for k, run_dir in enumerate(run_dirs):
-                weights = policy.state_dict()
+                weights = {key: value.cpu() for key, value in policy.state_dict().items()}
                 if args.num_seeds > 1:  # along the first dimension, as the agents of one team
-                    parts = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
-                    weights = {key: part[k].clone() for key, part in parts.items()}
+                    by_seed = {key: value.chunk(args.num_seeds) for key, value in weights.items()}
+                    weights = {key: values[k].clone() for key, values in by_seed.items()}
                 write(run_dir / "metrics.csv", save_table, histories[k])
                 write(run_dir / "policy.pt", torch.save, weights)
                 write(run_dir / "final_returns.npy", save_array, returns[k].numpy())

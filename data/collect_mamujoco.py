@@ -14,7 +14,6 @@ float32, one episode after the other, with a card in `card.json`. `dones` is 1 w
 not where time ran out. The same seed gives the same bytes on the same platform.
 """
 
-import contextlib
 import io
 import json
 import math
@@ -23,6 +22,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(io.StringIO()):  # the package's news about other environments
+with redirect_stderr(io.StringIO()):  # the package's news about other environments
     from gymnasium_robotics import mamujoco_v1
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"

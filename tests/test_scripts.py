@@ -130,6 +130,19 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu(script, train, capsys):
+    """On a GPU the whole update is captured, resumed too, and the policy is saved for a CPU."""
+    settings = {"device": "cuda", "compile": True, "num_updates": 12, "eval_interval": 6}
+    train(**settings)
+    (train.folder / "checkpoint-previous.pt").replace(train.folder / "checkpoint.pt")
+    policy, _ = train(**settings, resume=True)
+    assert "warning" not in capsys.readouterr().err
+    saved = weights(train.folder)
+    assert all(value.device.type == "cpu" for value in saved.values())
+    assert same(saved, {key: value.cpu() for key, value in policy.state_dict().items()})
+
+
 # Help
 
 
