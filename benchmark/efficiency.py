@@ -32,6 +32,7 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,11 +260,20 @@ def state_bytes(*owners) -> int:
 
 def product_rate(point: Point, device: str, seconds: float) -> float:
     """FLOP/s of a plain product of the hidden layers' size, (N, B, W) times (N, W, W)."""
-    width = max(point.hidden_dims)
+    width, products = max(point.hidden_dims), 1
     x = torch.randn(point.agents, point.batch, width, device=device)
     weight = torch.randn(point.agents, width, width, device=device)
-    call = clock(lambda: torch.bmm(x, weight), device, seconds)
-    return 2 * point.agents * point.batch * width**2 / np.median(call)
+    multiply = partial(torch.bmm, x, weight)
+    if device.startswith("cuda"):  # as the update is: replayed, or launching it is what takes long
+        multiply()
+        torch.cuda.synchronize(device)
+        graph, products = torch.cuda.CUDAGraph(), 20
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            for _ in range(products):
+                multiply()
+        multiply = graph.replay
+    call = np.median(clock(multiply, device, seconds)) / products
+    return 2 * point.agents * point.batch * width**2 / call
 
 
 def load_script(name: str):
@@ -291,6 +301,10 @@ def measure(point: Point, args: Args) -> dict:
         settings = settings | {"score_dims": score_dims or equal_score_dims(module, point)}
 
     gc.collect()
+    if on_gpu:  # cuBLAS takes its workspaces, for the forward and the backward thread, at once
+        x = torch.ones(1, 8, 8, device=args.device, requires_grad=True)
+        torch.bmm(x, x).sum().backward()
+        del x
     before = torch.cuda.memory_allocated(args.device) if on_gpu else 0  # by earlier points
     transitions = max(20_000, point.batch)
     shape, generator = (agents, transitions), torch.Generator().manual_seed(0)
@@ -308,6 +322,7 @@ def measure(point: Point, args: Args) -> dict:
         """The function as it is, or compiled; an error if that does not work."""
         if not args.compile:
             return function
+        torch._dynamo.reset()  # or it takes the sizes of former points for variable ones
         fast, messages = real_compiled(function, states, args.device), io.StringIO()
 
         def call():
@@ -429,7 +444,7 @@ def main(args: Args) -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     machine_path.write_text(json.dumps(machine, indent=2) + "\n")
     order = [key_of(point_row(point)) for point in points(Args())]
-    bar = tqdm(total=len(points(args)), unit="point")
+    bar, failed = tqdm(total=len(points(args)), unit="point"), []
     for method in args.methods:
         words = [sys.executable, __file__, "--methods", method, *settings]
         environment = {**os.environ, **KEEP_MEMORY, "EFFICIENCY_CHILD": method}
@@ -443,8 +458,10 @@ def main(args: Args) -> None:
                     bar.update()
             errors = ["no message", *process.stderr.read().strip().splitlines()]
         if process.returncode:
-            raise SystemExit(f"error: {method} could not be measured: {errors[-1]}")
+            failed.append(f"error: {method} could not be measured: {errors[-1]}")
     bar.close()
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """benchmark/efficiency.py: what it counts and what it measures."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,14 +35,22 @@ def test_every_method_is_measured(method):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_compiled(tmp_path):
-    """The script's functions, which are imported by their file alone, compile."""
+    """The script's functions, imported by their file alone, compile, each point for its sizes.
+
+    PyTorch, which would make sizes variable when they change, tells of every such size.
+    """
     code = (
-        "import efficiency; efficiency.measure(efficiency.Point('equal', 'om2p', 2, 16, (8, 4)), "
-        "efficiency.Args(device='cpu', compile=True, seconds=0.01))"
+        "import efficiency\n"
+        "for sizes in ((2, 16, (8, 4)), (2, 12, (6, 4))):\n"
+        "    point = efficiency.Point('equal', 'bc', *sizes)\n"
+        "    efficiency.measure(point, efficiency.Args(device='cpu', compile=True, seconds=0.01))"
     )
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=ROOT / "benchmark", capture_output=True, text=True)
+    place = {"cwd": ROOT / "benchmark", "env": os.environ | {"TORCH_LOGS": "dynamic"}}
+    process = subprocess.run(command, **place, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert "create_env" in process.stderr
+    assert "create_symbol" not in process.stderr
 
 
 def products(in_dim, out_dim, networks=N):
@@ -136,6 +145,16 @@ def test_score_network_of_equal_size():
         )
         ours, others = (sum(w.numel() for w in policy.parameters()) for policy in policies)
         assert ours == pytest.approx(others, rel=0.1)
+
+
+def test_a_method_that_fails(tmp_path):
+    """The others are measured all the same, and one line names each that failed."""
+    methods = ("bc", "om2p")
+    args = efficiency.Args(("default",), methods, device="meta", results_dir=tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        efficiency.main(args)
+    for line, method in zip(stop.value.code.splitlines(), methods, strict=True):
+        assert line.startswith(f"error: {method} could not be measured: error: --device meta")
 
 
 @pytest.mark.parametrize("wrong", [{"methods": ("om2q",)}, {"parts": ("everything",)}])
