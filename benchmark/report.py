@@ -1,8 +1,8 @@
-"""Put the tables and figures of both README.md together from the files under benchmark/results/.
+"""Put tables and figures of all README.md together from the files under benchmark/results/.
 
     python benchmark/report.py
 
-A table stands in README.md or benchmark/README.md between `<!-- table NAME -->` and `<!-- end -->`
+A table stands in one README.md between `<!-- table NAME -->` and `<!-- end -->`
 and is replaced there; figures go to benchmark/figures/. What has no results yet is named, and left
 as it is.
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import om2p_mamujoco  # noqa: E402
 import om2p_mpe  # noqa: E402
 
-PAGES = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
+PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "baselines", "benchmark"))
 RESULTS = ROOT / "benchmark" / "results"
 FIGURES = ROOT / "benchmark" / "figures"
 PUBLIC_RETURNS = om2p_mpe.PUBLIC_RETURNS | om2p_mamujoco.PUBLIC_RETURNS
@@ -51,7 +51,7 @@ METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figur
 GRIDS = {  # of benchmark/run.py
     "mpe": "all methods on the particle environments",
     "mamujoco": "all methods on HalfCheetah-2x3",
-    "equal_time": "the methods with critics, each for as long as OM2P's 4,000 updates take",
+    "equal_time": "the multi-step policies, each for as long as OM2P's 4,000 updates take",
     "tune": "every method's main settings, on four datasets of the particle environments",
     "tune_mamujoco": "every method's main setting, on two datasets of HalfCheetah-2x3",
     "ablation": "OM2P without or with other ideas",
@@ -323,7 +323,7 @@ def published_table() -> str:
     return (
         f"{markdown(('method', *TASKS, 'average', 'source'), rows)}\n\n"
         f"Each cell: {' / '.join(QUALITIES)}. Context, not a comparison: published scores are on "
-        f"the public data, ours on data made anew. †: converted from the returns that the paper "
+        f"the public data, ours on re-collected data. †: converted from the returns that the paper "
         f"prints. "
         f"Sources: {', '.join(f'{mark} {text}' for mark, text in SOURCES.items())}."
     )
@@ -687,7 +687,7 @@ def cost_growth(kind: str) -> None:
 
 
 def main() -> None:
-    """Rewrite both pages' tables, line counts and figures, and name what has no results."""
+    """Rewrite all pages' tables, line counts and figures, and name what has no results."""
     mpl.use("Agg")
     texts, found = [page.read_text() for page in PAGES], tables()
     for name, table in found.items():

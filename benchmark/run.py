@@ -4,7 +4,7 @@
     python benchmark/run.py --grid mamujoco     # eight methods, HalfCheetah's four, three seeds
     python benchmark/run.py --grid tune         # values of every method's main settings on the MPE
     python benchmark/run.py --grid tune_mamujoco            # and on HalfCheetah
-    python benchmark/run.py --grid equal_time   # the rivals, each for as long as OM2P takes
+    python benchmark/run.py --grid equal_time   # multi-step policies, for as long as OM2P takes
     python benchmark/run.py --grid ablation     # OM2P's three ideas, taken away one by one
     python benchmark/run.py --grid ablation_mamujoco        # on HalfCheetah
     python benchmark/run.py --grid tune --dry-run           # only print the cells' commands
@@ -132,9 +132,6 @@ EQUAL_TIME = {  # updates in the time of OM2P's 4,000: its share of updates/s, e
     "diffusion_ql": "2200",
     "dom2": "690",
     "flow_ql": "1810",
-    "fql": "3150",
-    "omar": "980",
-    "td3_bc": "5550",
 }
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
     "hidden-dims": "64,64",
@@ -161,7 +158,7 @@ def mpe_grid() -> list[dict]:
 
 
 def equal_time_grid() -> list[dict]:
-    """Every rival with critics, trained for the time that OM2P takes."""
+    """The multi-step policies, trained for the time that OM2P takes."""
     return [
         cell(method, task, quality, seed, "num-updates", updates)
         for (method, updates), task, quality, seed in product(

@@ -63,7 +63,7 @@ def test_grids():
     assert sizes["ablation"] == sum(map(len, run.ABLATION.values())) * 3 * 5
     assert sizes["ablation_mamujoco"] == sum(map(len, run.ABLATION_MAMUJOCO.values())) * 4 * 3
     assert {cell["method"] for cell in run.tune_grid()} == set(run.METHODS)
-    assert sizes["equal_time"] == 6 * 12 * 3
+    assert sizes["equal_time"] == 3 * 12 * 3
     for cells in run.GRIDS.values():
         assert len({run.name(cell) for cell in cells()}) == len(cells())
     assert set(run.METHODS) == set(report.METHODS)
@@ -112,7 +112,7 @@ def test_dry_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"grid": "nonsense"}, "mpe, mamujoco, tune, tune_mamujoco, ablation"),
+        ({"grid": "nonsense"}, "mpe, mamujoco, equal_time, tune, tune_mamujoco, ablation"),
         ({"ray": "local"}, "requirements-ray.txt"),
         ({"num_seeds": 0}, "--num-seeds is 0"),
         ({"workers": 0}, "--workers is 0"),

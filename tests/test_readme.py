@@ -1,4 +1,4 @@
-"""What both READMEs say can be done and seen: commands, files, tables."""
+"""What the READMEs say can be done and seen: commands, files, tables."""
 
 import importlib.util
 import os
@@ -14,7 +14,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = {"README.md": README, "benchmark/README.md": (ROOT / "benchmark/README.md").read_text()}
+PAGES = {
+    page: (ROOT / page).read_text()
+    for page in ("README.md", "baselines/README.md", "benchmark/README.md")
+}
 COMMANDS = re.findall(r"python ([\w./]+\.py)((?: [\w./-]+)*)", "\n".join(PAGES.values()))
 
 
