@@ -48,6 +48,12 @@ METHODS = {  # name; colour, Okabe and Ito's for all eyes, and line in the figur
     "flow_ql": ("Flow-QL", "#CC79A7", "-"),
     "fql": ("FQL", "#E69F00", "--"),
 }
+COSTS_OF_DEFAULTS = {method: method for method in METHODS} | {  # in benchmark/efficiency.py
+    "diffusion_ql": "diffusion_ql-5",
+    "dom2": "dom2-5",
+    "flow_ql": "flow_ql-10",
+    "fql": "fql-10",
+}
 GRIDS = {  # of benchmark/run.py
     "mpe": "all methods on the particle environments",
     "mamujoco": "all methods on HalfCheetah-2x3",
@@ -628,6 +634,38 @@ def average_bars() -> None:
     plt.close(figure)
 
 
+def time_curves() -> None:
+    """Draw average scores against training time, in the time that OM2P's whole training takes.
+
+    Lines are the grid `mpe`'s runs, diamonds those of the grid `equal_time`, both over the
+    datasets; an update's time is that of benchmark/efficiency.py on the CPU.
+    """
+    _, _, names = suite_cells("mpe")
+    curves, costs = group(read("mpe_curves.csv"), "method", "step"), cost_rows("cpu", "default")
+    rates = {m: float(costs[COSTS_OF_DEFAULTS[m]]["updates_per_second"]) for m in names}
+    unit = max(int(step) for method, step in curves if method == "om2p") / rates["om2p"]
+    short = group(read("equal_time.csv"), "method", "task", "quality")
+    figure, panel = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for method, name in names.items():
+        points = sorted((int(step), rows) for (m, step), rows in curves.items() if m == method)
+        xs = [step / rates[method] / unit for step, _ in points]
+        style = {"color": METHODS[method][1], "ls": METHODS[method][2], "lw": 1.3}
+        style |= {"lw": 2.8, "zorder": 3} if method == "om2p" else {}
+        panel.plot(xs, [np.mean(numbers(rows, "score")) for _, rows in points], label=name, **style)
+        if scores := averages(short, method, "mpe"):
+            panel.plot(1, np.mean(scores), "D", color=style["color"], ms=7, zorder=4)
+    panel.set_xscale("log")
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    panel.set_xticks(ticks, ticks)
+    panel.minorticks_off()
+    panel.set_xlabel("training time, OM2P's 4,000 updates = 1")
+    panel.set_ylabel("normalised score, average")
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=9)
+    figure.savefig(FIGURES / "score_time.png", dpi=140)
+    plt.close(figure)
+
+
 def cost_bars(kind: str) -> None:
     """Draw training time and memory of all methods, OM2P's being 1, with equal networks."""
     rows = cost_rows(kind, "equal")
@@ -706,6 +744,8 @@ def main() -> None:
         FIGURES.mkdir(exist_ok=True)
         learning_curves()
         average_bars()
+        if {"equal_time", "cost_default_cpu"} <= set(found):
+            time_curves()
     else:
         missing.append("the figures (no mpe.csv or mpe_curves.csv)")
     for kind, parts in COSTS.items():

@@ -538,16 +538,22 @@ def test_equal_time_table(results):
     assert table["OM2P", "**51.0 ± 1.0**"] == ["1.00", "4,000", "**51.0 ± 1.0**"]
     assert table["BC", "**51.0**"] == ["8.00", "500", "30.0 ± 0.0"]
     assert len(table) == 2 + 2
+    costs = [{"part": "default", "method": m, "updates_per_second": 9} for m in ("om2p", "bc")]
+    run.write_table(report.RESULTS / "efficiency_cpu.csv", costs)
+    report.FIGURES.mkdir()
+    report.time_curves()
+    assert (report.FIGURES / "score_time.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_equal_times():
     """The updates of the grid equal_time are those that the measured rates give."""
     rates = {}
-    for r in report.read("efficiency_cpu.csv"):
-        script, settings = efficiency.METHODS[r["method"]]
-        defaults = vars(efficiency.load_script(script).Args())
-        if r["part"] == "default" and settings.items() <= defaults.items():
-            rates.setdefault(script, float(r["updates_per_second"]))
+    for method, name in report.COSTS_OF_DEFAULTS.items():
+        script, settings = efficiency.METHODS[name]
+        assert script == method
+        assert settings.items() <= vars(efficiency.load_script(script).Args()).items()
+        cost = report.cost_rows("cpu", "default")[name]
+        rates[method] = float(cost["updates_per_second"])
     updates = run.om2p_mpe.Args().num_updates
     for method, number in run.EQUAL_TIME.items():
         assert int(number) == pytest.approx(updates * rates[method] / rates["om2p"], rel=0.05)
