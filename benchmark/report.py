@@ -2,9 +2,8 @@
 
     python benchmark/report.py
 
-A table stands in one README.md between `<!-- table NAME -->` and `<!-- end -->`
-and is replaced there; figures go to benchmark/figures/. What has no results yet is named, and left
-as it is.
+A table stands in one README.md between `<!-- table NAME -->` and `<!-- end -->` and is replaced
+there; figures go to benchmark/figures/. What has no results yet is named, and left as it is.
 """
 
 import csv

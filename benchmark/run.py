@@ -252,7 +252,7 @@ class Args:
     device: str = "cpu"
     """of the trainings: cpu, cuda"""
     compile: bool = torch.cuda.is_available()
-    """as the scripts' --compile; on a CPU it halves the time of DOM2's long runs"""
+    """as the scripts' --compile; on a CPU it pays for DOM2's and OMAR's long runs"""
     num_seeds: int = 1
     """seeds that one process trains, where as many that follow one another are missing"""
     num_updates: int | None = None
