@@ -112,15 +112,15 @@ class Args:
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
     # endregion args_critic_mamujoco
-    q_weight: float = 2.0
+    q_weight: float = 0.5
     """weight of the Q term against mean-flow matching, 0 or more; 0 is behaviour cloning"""
+    flow_ratio: float = 0.75
+    """share of the batch with t = r, which is plain flow matching, 0 to 1"""
     # region args_om2p
     time_alpha: float = 0.3
     """Beta distribution of the interval's ends, first shape, > 0; (1, 1) is uniform"""
     time_beta: float = 1.0
     """second shape, > 0; (1 / q, 1) is U^q, with mass at (0, 1) for q > 1, (2, 2) bell-shaped"""
-    flow_ratio: float = 0.5
-    """share of the batch with t = r, which is plain flow matching, 0 to 1"""
     derivative: Literal["finite-difference", "jvp"] = "finite-difference"
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
     delta: float = 0.1

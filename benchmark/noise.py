@@ -5,7 +5,8 @@
 The recorded actions carry exploration noise of standard deviation 0.1. A policy fitted by least
 squares averages it away, one that generates actions like the recorded ones brings it back. Here
 teams that generate act by the mean of several actions, and deterministic ones with the data's
-noise. Writes benchmark/results/noise.csv.
+noise. `spread` is the standard deviation of the several actions, over all steps and joints.
+Writes benchmark/results/noise.csv.
 """
 
 import sys
@@ -29,7 +30,7 @@ DETERMINISTIC = ("bc", "td3_bc", "omar")
 class Args:
     run_dir: Path = Path("runs/benchmark/mamujoco/defaults")
     """the --run-dir of the runs"""
-    methods: tuple[str, ...] = ("om2p", "td3_bc")
+    methods: tuple[str, ...] = ("om2p", "diffusion_ql", "td3_bc")
     """those of the grid mamujoco"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the runs"""
@@ -46,11 +47,14 @@ class Acting:
 
     def __init__(self, policy, samples: int = 1, noise_sd: float = 0.0):
         self.policy, self.samples, self.noise_sd = policy, samples, noise_sd
+        self.variances = []
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim) -> actions in [-1, 1], (N, B, action_dim)."""
         actions = self.policy.act(obs.repeat_interleave(self.samples, dim=1))
-        action = actions.unflatten(1, (-1, self.samples)).mean(dim=2)
+        actions = actions.unflatten(1, (-1, self.samples))
+        self.variances.append(actions.var(dim=2, correction=0).mean().item())
+        action = actions.mean(dim=2)
         return (action + self.noise_sd * torch.randn_like(action)).clamp(-1, 1)
 
 
@@ -74,7 +78,8 @@ def main(args: Args) -> None:
                 scores = team.module.normalized_score(CHEETAH, returns)
                 score, median = (round(float(f(scores)), 2) for f in (np.mean, np.median))
                 row = {"method": method, "quality": quality, "seed": seed, "acting": acting}
-                rows.append(row | {"score": score, "median": median})
+                spread = round(float(np.mean(policy.variances)) ** 0.5, 4)
+                rows.append(row | {"score": score, "median": median, "spread": spread})
     write_table(ROOT / "benchmark" / "results" / "noise.csv", rows)
 
 

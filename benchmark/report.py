@@ -60,7 +60,7 @@ GRIDS = {  # of benchmark/run.py
     "tune": "every method's main settings, on four datasets of the particle environments",
     "tune_mamujoco": "every method's main setting, on two datasets of HalfCheetah-2x3",
     "ablation": "OM2P without or with other ideas",
-    "ablation_mamujoco": "OM2P's delta, times and du/dr on HalfCheetah-2x3",
+    "ablation_mamujoco": "OM2P's weights, times and du/dr on HalfCheetah-2x3",
     "published": "MA-TD3+BC by OMAR's settings",
 }
 PUBLISHED = """
@@ -379,9 +379,7 @@ def ablation_table(grid: str, suite: str) -> str:
     kept = [row for row in read(f"{suite}.csv") if row["method"] == "om2p"]
     changes = {"the defaults": kept}
     for (setting, value), runs in group(rows, "setting", "value").items():
-        words = change(setting, value)
-        same = "variant" not in setting and is_default("om2p", words, suite)
-        changes[f"`{words}`{', the default' * same}"] = runs
+        changes[f"`{change(setting, value)}`"] = runs
     if suite == "mpe" and (RESULTS / "steps.csv").exists():
         for (steps,), runs in group(read("steps.csv"), "steps").items():
             changes |= {f"the defaults, acting in {steps} steps": runs} if steps != "1" else {}
@@ -402,8 +400,10 @@ def noise_table() -> str:
         cells = group(runs, "quality")
         scores = [numbers(cells[(quality,)], "score") for quality in QUALITIES]
         average = mean([np.mean(values) for values in scores])
-        table.append((METHODS[method][0], acting, *map(estimate, scores), average))
-    return markdown(("method", "acting", *QUALITIES, "average"), table)
+        spreads = " / ".join(f"{np.mean(numbers(cells[(q,)], 'spread')):.2f}" for q in QUALITIES)
+        spreads = spreads if acting.startswith("mean") else "-"
+        table.append((METHODS[method][0], acting, *map(estimate, scores), average, spreads))
+    return markdown(("method", "acting", *QUALITIES, "average", "spread of the actions"), table)
 
 
 def frozen_critic_table() -> str:

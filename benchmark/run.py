@@ -95,7 +95,7 @@ TUNING = {  # values of what matters most in each method, and step sizes; a comm
     },
 }
 TUNING_MAMUJOCO = {
-    "om2p": {"q-weight": ("0.5", "2", "8")},
+    "om2p": {"q-weight": ("0.12", "0.5", "2"), "flow-ratio q-weight": ("0.5 0.5", "0.5 2")},
     "td3_bc": {"q-weight": ("0.06", "0.25", "1", "4", "16")},
     "omar": {"cql-alpha": ("0.1", "1", "5")},
     "diffusion_ql": {"q-weight": ("0.12", "0.5", "2", "8")},
@@ -123,9 +123,10 @@ ABLATION = {  # setting -> values; those of benchmark/variants.py and of om2p_mp
     "q-weight": ("0",),
 }
 ABLATION_MAMUJOCO = {
-    "delta": ("0.1", "0.03", "0.3"),  # 0.1: the default anew, on the data of the others
-    "time-alpha": ("0.5",),
-    "delta q-weight": ("0.03 4", "0.03 8"),
+    "q-weight": ("2",),
+    "flow-ratio": ("0.5",),
+    "flow-ratio q-weight": ("0.5 2",),
+    "time-alpha flow-ratio": ("1 0.5",),
     "derivative": ("jvp",),
 }
 EQUAL_TIME = {  # updates in the time of OM2P's 4,000: its share of updates/s, efficiency_cpu.csv
@@ -187,7 +188,7 @@ def ablation_grid() -> list[dict]:
 
 
 def ablation_mamujoco_grid() -> list[dict]:
-    """OM2P on HalfCheetah held tighter to the data and less."""
+    """OM2P on HalfCheetah with other weights, times and du/dr."""
     return [
         cell("om2p", CHEETAH, quality, seed, setting, value)
         for seed, (setting, values) in product(range(3), ABLATION_MAMUJOCO.items())

@@ -610,20 +610,18 @@ def test_ablation_table_of_mamujoco(results):
     results("mpe", mpe_rows())
     dataset = (run.CHEETAH, "medium")
     results("mamujoco", [row("om2p", *dataset, seed, 50 + seed) for seed in (0, 2)])
-    changes = [row("om2p", *dataset, 0, 30 + k, "delta", d) for k, d in enumerate(("0.1", "0.03"))]
-    results("ablation_mamujoco", changes)
+    results("ablation_mamujoco", [row("om2p", *dataset, 0, 30, "flow-ratio q-weight", "0.5 2")])
     keys = ("task", "quality", "seed", "steps", "score")
     run.write_table(
         report.RESULTS / "steps.csv", [dict(zip(keys, (*MEDIUM, 0, 5, 7), strict=True))]
     )
     lines = report.TABLES["ablation_mamujoco"][0]().splitlines()
-    assert lines[2:5] == [
+    assert lines[2:4] == [
         "| the defaults | 51.0 ± 1.0 |",
-        "| `--delta 0.1`, the default | 30.0 |",
-        "| `--delta 0.03` | 31.0 |",
+        "| `--flow-ratio 0.5 --q-weight 2` | 30.0 |",
     ]
-    assert lines[5].startswith("| the data | ")
-    assert lines[6] == ""
+    assert lines[4].startswith("| the data | ")
+    assert lines[5] == ""
 
 
 def test_published_table(results):
@@ -833,7 +831,10 @@ def test_acting_with_less_noise_and_more():
     actions = policy.act(obs.repeat_interleave(5, dim=1))
     expected = torch.stack([actions[:, 5 * k : 5 * k + 5].mean(dim=1) for k in range(8)], dim=1)
     torch.manual_seed(1)
-    torch.testing.assert_close(noise.Acting(policy, samples=5).act(obs), expected)
+    acting = noise.Acting(policy, samples=5)
+    torch.testing.assert_close(acting.act(obs), expected)
+    variance = actions.unflatten(1, (8, 5)).var(dim=2, correction=0).mean().item()
+    assert math.isclose(*acting.variances, variance, rel_tol=1e-5)
 
     still = SimpleNamespace(act=lambda obs: torch.full((2, obs.shape[1], 2), 0.5))
     action = noise.Acting(still, noise_sd=0.1).act(torch.zeros(2, 100_000, 3))
@@ -845,17 +846,18 @@ def test_acting_with_less_noise_and_more():
 def test_noise_table(tmp_path, monkeypatch):
     """A row for each way of acting, and its average over the datasets."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    keys = ("method", "quality", "seed", "acting", "score")
+    keys = ("method", "quality", "seed", "acting", "score", "spread")
     rows = [
-        dict(zip(keys, ("om2p", quality, seed, acting, 10 * k + seed + start), strict=True))
+        dict(zip(keys, ("om2p", quality, seed, acting, 10 * k + seed + start, k / 10), strict=True))
         for acting, start in (("as trained", 0), ("mean of 16 actions", 1))
         for k, quality in enumerate(run.QUALITIES)
         for seed in (0, 2)
     ]
     run.write_table(tmp_path / "noise.csv", rows)
     assert report.noise_table().splitlines()[2:] == [
-        "| OM2P | as trained | 1.0 ± 1.0 | 11.0 ± 1.0 | 21.0 ± 1.0 | 31.0 ± 1.0 | 16.0 |",
-        "| OM2P | mean of 16 actions | 2.0 ± 1.0 | 12.0 ± 1.0 | 22.0 ± 1.0 | 32.0 ± 1.0 | 17.0 |",
+        "| OM2P | as trained | 1.0 ± 1.0 | 11.0 ± 1.0 | 21.0 ± 1.0 | 31.0 ± 1.0 | 16.0 | - |",
+        "| OM2P | mean of 16 actions | 2.0 ± 1.0 | 12.0 ± 1.0 | 22.0 ± 1.0 | 32.0 ± 1.0 | 17.0 | "
+        "0.00 / 0.10 / 0.20 / 0.30 |",
     ]
 
 
@@ -863,20 +865,23 @@ def test_what_noise_writes(tmp_path, monkeypatch):
     """Generating teams act by means, deterministic ones with noise; both also as they are."""
     monkeypatch.setattr(noise, "ROOT", tmp_path)
     (tmp_path / "benchmark" / "results").mkdir(parents=True)
-    module = SimpleNamespace(
-        evaluate=lambda policy, *_: np.array([[policy.samples, policy.noise_sd, 4.0]]),
-        normalized_score=lambda task, returns: 10 * returns,
-    )
-    team = SimpleNamespace(module=module, policy=None, env=None)
+
+    def evaluate(policy, *_):
+        policy.act(torch.zeros(1, 2, 3))
+        return np.array([[policy.samples, policy.noise_sd, 4.0]])
+
+    module = SimpleNamespace(evaluate=evaluate, normalized_score=lambda task, returns: 10 * returns)
+    alternating = SimpleNamespace(act=lambda obs: torch.arange(obs.shape[1])[None, :, None] % 2.0)
+    team = SimpleNamespace(module=module, policy=alternating, env=None)
     monkeypatch.setattr(noise, "load_team", lambda *_: team)
     monkeypatch.setattr(noise.Path, "exists", lambda _: True)
     noise.main(noise.Args(run_dir=tmp_path, seeds=(2,), samples=7, noise_sd=0.5))
     rows = run.read_table(tmp_path / "benchmark" / "results" / "noise.csv")
-    assert [row["quality"] for row in rows[::2]] == 2 * list(run.QUALITIES)
+    assert [row["quality"] for row in rows[::2]] == 3 * list(run.QUALITIES)
     assert [tuple(row.values()) for row in rows[:2] + rows[-1:]] == [
-        ("om2p", "expert", "2", "as trained", "16.67", "10.0"),
-        ("om2p", "expert", "2", "mean of 7 actions", "36.67", "40.0"),
-        ("td3_bc", "random", "2", "noise 0.5 added", "18.33", "10.0"),
+        ("om2p", "expert", "2", "as trained", "16.67", "10.0", "0.0"),
+        ("om2p", "expert", "2", "mean of 7 actions", "36.67", "40.0", "0.4949"),
+        ("td3_bc", "random", "2", "noise 0.5 added", "18.33", "10.0", "0.0"),
     ]
 
 
