@@ -3,145 +3,104 @@
     python benchmark/efficiency.py                  # on the CPU, or on a GPU if there is one
     python benchmark/efficiency.py --parts equal --methods om2p diffusion_ql-20
 
-The update is that of the script itself: its `train` is run on random data, and what it would hand
-to `compiled` is measured. Every method has a process of its own, one after the other, in one run;
-glibc keeps freed memory, as for benchmark/run.py.
-Sizes are those of simple_spread: 3 agents, 18 observed numbers, 2-dimensional actions.
+The update is the script's: its `train` is run on random data, and what it hands to `compiled` is
+measured. Sizes are those of simple_spread: 3 agents, 18 observed numbers, 2-dimensional actions.
 
 equal       four hidden layers of 512 and batches of 256 for all (DOM2: as many weights)
 default     the scripts' own, two layers of 128 and batches of 128
 published   sizes from papers and code, where they tell them; see PUBLISHED
 agents, batch, width    one of them varied, the others at 3, 256 and two layers of 128
 
-Writes benchmark/results/efficiency_<cpu or cuda>.csv, with --compile efficiency_<...>_compiled.csv,
-a row for every point, and .json with the machine; points that are there from the same machine and
-settings are kept or replaced. `benchmark/report.py` makes the README's tables and figures of them.
+Writes benchmark/results/efficiency_<cpu or cuda>[_compiled].csv, a row for every point, and .json
+with the machine; points of the same machine and settings that are there are kept or replaced.
 Memory is that of the plain update, with or without --compile.
 """
 
-import gc
 import importlib.util
-import io
+import inspect
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 import tyro
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from run import KEEP_MEMORY, processor, read_table, write_table  # noqa: E402
+from run import KEEP_MEMORY, machine, write_table  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 18, 2
 METHODS = {  # name -> script and settings
     "om2p": ("om2p", {}),
     "om2p-jvp": ("om2p", {"derivative": "jvp"}),
-    "om2p-jacobian": ("om2p", {}),
-    "om2p-loop": ("om2p", {}),
-    "bc": ("bc", {}),
-    "td3_bc": ("td3_bc", {}),
-    "omar": ("omar", {}),
+    **dict.fromkeys(("om2p-jacobian", "om2p-loop"), ("om2p", {})),
+    **{name: (name, {}) for name in ("bc", "td3_bc", "omar")},
     "fql-10": ("fql", {"flow_steps": 10}),
     **{f"flow_ql-{k}": ("flow_ql", {"flow_steps": k}) for k in (5, 10, 20)},
     **{f"diffusion_ql-{k}": ("diffusion_ql", {"diffusion_steps": k}) for k in (5, 10, 20, 50)},
     "dom2-5": ("dom2", {"solver_steps": 5}),
 }
-PUBLISHED = {  # hidden layers, batch
-    "om2p": ((512,) * 4, 256),  # the authors' release
-    "om2p-jacobian": ((512,) * 4, 256),
-    "fql-10": ((512,) * 4, 256),  # Park et al. (2025)
-    "flow_ql-10": ((512,) * 4, 256),  # as FQL, which it is compared with there
-    "diffusion_ql-5": ((256,) * 3, 256),  # Wang et al. (2023)
-    "dom2-5": ((256,) * 2, 256),  # its critics, our choice; the policy is SfBC's
-    "td3_bc": ((64,) * 2, 1024),  # OMAR's code on the particle environments
-    "omar": ((64,) * 2, 1024),
-}
-SFBC = (512, 256, 128)  # the score network of DOM2's source
+# Batch and hidden layers: the authors' release, and Park et al. (2025), who have Flow-QL as a rival
+PUBLISHED = dict.fromkeys(("om2p", "om2p-jacobian"), (256, "512x512x512x512"))
+PUBLISHED |= dict.fromkeys(("fql-10", "flow_ql-10"), (256, "512x512x512x512"))
+PUBLISHED |= dict.fromkeys(("td3_bc", "omar"), (1024, "64x64"))  # OMAR's code on the MPE
+# Wang et al. (2023); DOM2's critics, our choice, its policy is SfBC's
+PUBLISHED |= {"diffusion_ql-5": (256, "256x256x256"), "dom2-5": (256, "256x256")}
 SWEPT = ("om2p", "td3_bc", "fql-10", "flow_ql-10", "diffusion_ql-5", "diffusion_ql-20", "dom2-5")
-SWEEPS = {
-    "agents": (2, 4, 8, 16, 32),
-    "batch": (256, 1024, 4096, 16_384),
-    "width": (64, 128, 256, 512, 1024),
-}
-PARTS = ("equal", "default", "published", *SWEEPS)
+PARTS = ("equal", "default", "published", "agents", "batch", "width")
+KEY = ("part", "method", "agents", "batch", "hidden_dims")  # of a measurement, and its row
+Point = namedtuple("Point", KEY, defaults=(3, 256, "128x128"))
 
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure; see above"""
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)
     """of these methods"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where: cpu, cuda"""
     compile: bool = torch.cuda.is_available()
     """as the scripts' --compile, for the updates and decisions of all methods"""
-    tf32: bool = False
-    """as the scripts' --tf32"""
     seconds: float = 3.0
     """how long a rate is measured, at least three updates"""
     results_dir: Path = ROOT / "benchmark" / "results"
     """where the table goes"""
 
 
-@dataclass
-class Point:
-    """One measurement: a method with these sizes."""
-
-    part: str
-    method: str
-    agents: int = 3
-    batch: int = 256
-    hidden_dims: tuple[int, ...] = (128, 128)
-    score_dims: tuple[int, ...] | None = ()
-    """DOM2's score network; empty: with as many weights as the others'; None: the script's"""
-
-
 def points(args: Args) -> list[Point]:
     """What to measure, sorted by method."""
     found = []
     for method in args.methods:
-        found += [Point("equal", method, hidden_dims=(512,) * 4)]
-        found += [Point("default", method, batch=128, score_dims=None)]
+        found += [Point("equal", method, hidden_dims="512x512x512x512")]
+        found += [Point("default", method, batch=128)]
         if method in PUBLISHED:
-            layers, batch = PUBLISHED[method]
-            found += [Point("published", method, 3, batch, layers, SFBC)]
+            found += [Point("published", method, 3, *PUBLISHED[method])]
         if method in SWEPT:
-            found += [Point("agents", method, agents=number) for number in SWEEPS["agents"]]
-            found += [Point("batch", method, batch=number) for number in SWEEPS["batch"]]
-            found += [Point("width", method, hidden_dims=(n, n)) for n in SWEEPS["width"]]
+            found += [Point("agents", method, agents=number) for number in (2, 4, 8, 16, 32)]
+            found += [Point("batch", method, batch=number) for number in (256, 1024, 4096, 16_384)]
+            found += [Point("width", method, hidden_dims=f"{2**k}x{2**k}") for k in range(6, 11)]
     return [point for point in found if point.part in args.parts]
-
-
-def point_row(point: Point) -> dict:
-    """A point's columns in the table."""
-    hidden_dims = "x".join(map(str, point.hidden_dims))
-    return {**asdict(point), "hidden_dims": hidden_dims}
-
-
-def key_of(row: dict) -> tuple[str, ...]:
-    """What tells a row of the table from the others."""
-    return tuple(str(row[key]) for key in ("part", "method", "agents", "batch", "hidden_dims"))
-
-
-# What the scripts do not have
 
 
 class SeparateLinear(nn.Module):
@@ -150,11 +109,10 @@ class SeparateLinear(nn.Module):
     def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(in_dim, out_dim) for _ in range(np.prod(stack)))
-        self.is_critic = len(stack) == 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, B, in_dim) or (2, 1, B, in_dim) -> (1, B, out_dim) or (2, 1, B, out_dim)."""
-        if not self.is_critic:
+        if len(self.layers) == 1:
             return self.layers[0](x)
         parts = x if x.ndim == 4 else (x, x)
         return torch.stack([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
@@ -179,51 +137,33 @@ def jacobian_loss(policy, obs, action, noise, r, t, *_):
     return ((u - (v + (t - r) * along)) ** 2).mean(dim=(-2, -1)).sum()
 
 
-def equal_score_dims(module, point: Point) -> tuple[int, int]:
+def equal_score_dims(module, hidden_dims: tuple[int, ...]) -> tuple[int, int]:
     """Widths (2 w, w) of DOM2's score network with about the weights of the others' policies."""
-    net = module.mlp((1,), OBS_DIM + ACTION_DIM + 2, point.hidden_dims, ACTION_DIM)
-    wanted = sum(weight.numel() for weight in net.parameters())
 
-    def excess(w: int) -> int:
-        with torch.device("meta"):  # sizes without numbers
-            policy = module.ScorePolicy(1, OBS_DIM, ACTION_DIM, (2 * w, w))
-        return abs(sum(weight.numel() for weight in policy.parameters()) - wanted)
+    def size(net: nn.Module) -> int:
+        return sum(weight.numel() for weight in net.parameters())
 
-    w = min(range(4, 1024, 2), key=excess)
+    net, widths = partial(module.ScorePolicy, 1, OBS_DIM, ACTION_DIM), range(4, 1024, 2)
+    wanted = size(module.mlp((1,), OBS_DIM + ACTION_DIM + 2, hidden_dims, ACTION_DIM))
+    with torch.device("meta"):  # sizes without numbers
+        k = bisect_left(widths, wanted, key=lambda w: size(net((2 * w, w))))
+        w = min(widths[k - 1 : k + 1], key=lambda w: abs(size(net((2 * w, w))) - wanted))
     return 2 * w, w
 
 
-# Measuring
-
-
-def clock(function, device: str, seconds: float) -> list[float]:
-    """Seconds a call takes, in each of three or more groups of calls, after some to warm up.
-
-    A group lasts a tenth of `seconds` or one call. Warm are two calls, and six on a GPU.
-    """
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    for _ in range(5 if device.startswith("cuda") else 1):  # a CUDA graph is captured at the 4th
+def clock(function, seconds: float) -> np.ndarray:
+    """Seconds a call takes, three or more numbers, after some calls to warm up."""
+    for _ in range(5):  # a CUDA graph is captured at the 4th
         function()
-    calls = max(1, int(seconds / 10 / timed(1)))
-    groups, start = [], time.perf_counter()
-    while len(groups) < 3 or time.perf_counter() - start < seconds:
-        groups.append(timed(calls))
-    return groups
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    times = []
+    while len(times) < 3:
+        times += timer.blocked_autorange(min_run_time=seconds).times
+    return np.array(times)
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, in `total`, two a multiply-add.
-
-    FlopCounterMode's numbers, without its record of modules, which torch.func.vjp does not bear.
-    """
+    """FlopCounterMode's `total` without its record of modules, which torch.func.vjp cannot bear."""
 
     total = 0
 
@@ -235,10 +175,7 @@ class Flops(TorchDispatchMode):
 
 
 def cpu_peak(update) -> int:
-    """The most bytes that tensors made in updates take at once, from PyTorch's allocator.
-
-    Two updates: what one leaves behind, as gradients, is there in the next.
-    """
+    """The most bytes at once that tensors made in an update take, and those left by the last."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         update()
         update()
@@ -248,20 +185,14 @@ def cpu_peak(update) -> int:
 
 
 def state_bytes(*owners) -> int:
-    """Bytes of all tensors of modules and optimizers; others have none."""
-    tensors = []
-    for owner in owners:
-        if isinstance(owner, torch.optim.Optimizer):
-            tensors += [value for state in owner.state.values() for value in state.values()]
-        elif isinstance(owner, nn.Module):
-            tensors += [*owner.parameters(), *owner.buffers()]
-    return sum(tensor.nbytes for tensor in tensors)
+    """Bytes of all tensors in the states of modules and optimizers; others have none."""
+    leaves = tree_leaves([x.state_dict() for x in owners if hasattr(x, "state_dict")])
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def product_rate(point: Point, device: str, seconds: float) -> float:
+def product_rate(point: Point, width: int, device: str, seconds: float) -> float:
     """FLOP/s of a plain product of the hidden layers' size, (N, B, W) times (N, W, W)."""
-    width, products = max(point.hidden_dims), 1
-    x = torch.randn(point.agents, point.batch, width, device=device)
+    x, products = torch.randn(point.agents, point.batch, width, device=device), 1
     weight = torch.randn(point.agents, width, width, device=device)
     multiply = partial(torch.bmm, x, weight)
     if device.startswith("cuda"):  # as the update is: replayed, or launching it is what takes long
@@ -272,7 +203,7 @@ def product_rate(point: Point, device: str, seconds: float) -> float:
             for _ in range(products):
                 multiply()
         multiply = graph.replay
-    call = np.median(clock(multiply, device, seconds)) / products
+    call = np.median(clock(multiply, seconds)) / products
     return 2 * point.agents * point.batch * width**2 / call
 
 
@@ -288,185 +219,114 @@ def load_script(name: str):
 def measure(point: Point, args: Args) -> dict:
     """Run the script's `train` with its update and its evaluation replaced by measurements."""
     name, settings = METHODS[point.method]
-    module = load_script(name)
-    on_gpu, real_compiled, result = args.device.startswith("cuda"), module.compiled, {}
+    module, device = load_script(name), args.device
+    on_gpu, compiled, result = device.startswith("cuda"), module.compiled, {}
     is_loop = point.method == "om2p-loop"  # one agent is measured, the others are as many again
     agents, repeats = (1, point.agents) if is_loop else (point.agents, 1)
     if is_loop:
         module.StackedLinear = SeparateLinear
     if point.method == "om2p-jacobian":
         module.mean_flow_loss = jacobian_loss
+    hidden_dims = tuple(map(int, point.hidden_dims.split("x")))
     if name == "dom2":
-        score_dims = module.Args.score_dims if point.score_dims is None else point.score_dims
-        settings = settings | {"score_dims": score_dims or equal_score_dims(module, point)}
+        # The script's, SfBC's, or else of as many weights as the others' policies
+        score_dims = {"default": module.Args.score_dims, "published": (512, 256, 128)}
+        equal = score_dims.get(point.part) or equal_score_dims(module, hidden_dims)
+        settings = settings | {"score_dims": equal}
 
-    gc.collect()
-    if on_gpu:  # cuBLAS takes its workspaces, for the forward and the backward thread, at once
-        x = torch.ones(1, 8, 8, device=args.device, requires_grad=True)
-        torch.bmm(x, x).sum().backward()
-        del x
-    before = torch.cuda.memory_allocated(args.device) if on_gpu else 0  # by earlier points
-    transitions = max(20_000, point.batch)
-    shape, generator = (agents, transitions), torch.Generator().manual_seed(0)
-    dataset = {
-        "obs": torch.randn(*shape, OBS_DIM, generator=generator),
-        "action": torch.rand(*shape, ACTION_DIM, generator=generator) * 2 - 1,
-        "reward": torch.randn(shape, generator=generator),
-        "next_obs": torch.randn(*shape, OBS_DIM, generator=generator),
-        "done": torch.zeros(shape),
-    }
-    dataset = {key: values.to(args.device) for key, values in dataset.items()}
+    x = torch.ones(1, 8, 8, device=device, requires_grad=True)
+    torch.bmm(x, x).sum().backward()  # cuBLAS takes workspaces, for the backward thread, too
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    shape = agents, max(20_000, point.batch)
+    dataset = {key: torch.randn(*shape, OBS_DIM, device=device) for key in ("obs", "next_obs")}
+    dataset["action"] = torch.rand(*shape, ACTION_DIM, device=device) * 2 - 1
+    dataset |= {"reward": torch.randn(shape, device=device), "done": torch.zeros(shape).to(device)}
     data_bytes = sum(values.nbytes for values in dataset.values())
 
-    def fast_version(function, states: dict):
-        """The function as it is, or compiled; an error if that does not work."""
+    def fast(function):
+        """The function as it is, or compiled."""
         if not args.compile:
             return function
-        torch._dynamo.reset()  # or it takes the sizes of former points for variable ones
-        fast, messages = real_compiled(function, states, args.device), io.StringIO()
+        torch._dynamo.reset()  # or it takes sizes for variable ones
+        return partial(next, compiled(function, on_gpu))
 
-        def call():
-            with redirect_stderr(messages):
-                result = fast()
-            if "--compile" in messages.getvalue():
-                raise RuntimeError(messages.getvalue())
-            return result
-
-        return call
-
-    def measured(update, states: dict, device: str):
+    def measured(update, _):
         """In place of `compiled`: the one step of the training is all measurements."""
-
-        def step() -> dict[str, torch.Tensor]:
-            losses = update()
-            with Flops() as counter:
-                update()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(device)
-                update()
-                allocated = torch.cuda.max_memory_allocated(device) - before
-            else:
-                allocated = cpu_peak(update) + state_bytes(*states.values()) + data_bytes
-            fast = fast_version(update, states)
-            seconds = np.array(clock(fast, device, args.seconds)) * repeats
-            flops = counter.total * repeats
-            rates = np.percentile(1 / seconds, (25, 50, 75))
-            result["updates_per_second"] = rates[1]
-            result["low"], result["high"] = rates[0], rates[2]
-            if is_loop:  # the other agents are not there
-                allocated = math.nan
-            result["memory_mib"] = (allocated - data_bytes) / 2**20
-            result["allocated_mib"] = allocated / 2**20
-            result["gflop"] = flops / 1e9
-            product = product_rate(point, device, args.seconds / 5)
-            result["share_of_product"] = flops * rates[1] / product
-            return losses
-
-        return step
+        losses = update()
+        with Flops() as counter:
+            update()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            update()
+            allocated = torch.cuda.max_memory_allocated(device) - before
+        else:
+            owners = inspect.getclosurevars(update).nonlocals.values()
+            allocated = cpu_peak(update) + state_bytes(*owners) + data_bytes
+        if is_loop:  # the other agents are not there
+            allocated = math.nan
+        flops, seconds = counter.total * repeats, clock(fast(update), args.seconds) * repeats
+        low, rate, high = np.percentile(1 / seconds, (25, 50, 75))
+        result.update(updates_per_second=rate, low=low, high=high)
+        result.update(memory_mib=(allocated - data_bytes) / 2**20, allocated_mib=allocated / 2**20)
+        product = product_rate(point, max(hidden_dims), device, args.seconds / 5)
+        result.update(gflop=flops / 1e9, share_of_product=flops * rate / product)
+        yield losses
 
     @torch.no_grad()
     def decide(policy, *_):
         """In place of `evaluate`: how long one decision of the team takes, and 1,000 at once."""
-        result["policy_weights"] = repeats * sum(weight.numel() for weight in policy.parameters())
         for key, number in (("decision_ms", 1), ("decision_1000_ms", 1_000)):
-            obs = torch.randn(agents, number, OBS_DIM, device=args.device)
-
-            def act(obs=obs) -> dict[str, torch.Tensor]:
-                with torch.no_grad():
-                    return {"action": policy.act(obs)}
-
-            fast = fast_version(act, {})
-
-            def decision(fast=fast) -> None:
-                fast()["action"].cpu()  # there it is needed, and this waits for the GPU
-
-            seconds = clock(decision, args.device, args.seconds / 3)
+            obs = torch.randn(agents, number, OBS_DIM, device=device)
+            act = fast(torch.no_grad()(partial(policy.act, obs)))
+            seconds = clock(lambda act=act: act().cpu(), args.seconds / 3)  # there it is needed
             result[key] = 1_000 * np.median(seconds) * repeats
         return np.zeros((1, 1))
 
-    module.MPE = lambda *_: SimpleNamespace(prey_policy=None)
+    module.MPE = lambda *_: SimpleNamespace()
     module.load_dataset = lambda *_: dataset
-    module.find_prey = lambda *_: None
     module.compiled, module.evaluate = measured, decide
     with tempfile.TemporaryDirectory() as folder:
-        common = {"device": args.device, "tf32": args.tf32, "compile": True, "eval_interval": 1}
-        sizes = {"batch_size": point.batch, "hidden_dims": point.hidden_dims}
-        run = module.Args(num_updates=1, run_dir=Path(folder), **common, **sizes, **settings)
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            module.train(run)
-    score_dims = "x".join(map(str, settings.get("score_dims", ())))
-    measured_values = {key: float(f"{value:.5g}") for key, value in result.items()}
-    return point_row(point) | {"score_dims": score_dims} | measured_values
+        settings = {"run_dir": Path(folder), "device": device, "compile": True} | settings
+        settings |= {"batch_size": point.batch, "hidden_dims": hidden_dims}
+        module.train(module.Args(num_updates=1, **settings))
+    row = point._asdict() | {"score_dims": "x".join(map(str, settings.get("score_dims", ())))}
+    return row | {key: float(f"{value:.5g}") for key, value in result.items()}
 
 
-def child(args: Args, method: str) -> None:
-    """Measure all points of one method; a line of JSON on stdout for each."""
-    args.methods = (method,)
-    for point in points(args):
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-            row = measure(point, args)
-        print(json.dumps(row), flush=True)
+def quiet() -> None:
+    """Let nothing that this process prints, the profiler included, be seen."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def main(args: Args) -> None:
-    """Measure method by method, and write the table after every point."""
-    for kind, values, known in (("parts", args.parts, PARTS), ("methods", args.methods, METHODS)):
-        if unknown := set(values) - set(known):
-            wrong = ", ".join(sorted(unknown))
-            raise SystemExit(f"error: --{kind} {wrong}: must be among {', '.join(known)}")
-    kind = args.device.split(":")[0]
-    on_gpu = kind == "cuda"
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(args.device) if on_gpu else args.device,
-        "compile": args.compile,
-        "tf32": args.tf32,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    settings = ["--device", args.device, "--seconds", str(args.seconds), "--parts", *args.parts]
-    settings += [f"--{'' if args.compile else 'no-'}compile"]
-    settings += [f"--{'' if args.tf32 else 'no-'}tf32"]
-    kind += "_compiled" if args.compile else ""
-    machine_path = args.results_dir / f"efficiency_{kind}.json"
-    table_path = machine_path.with_suffix(".csv")
-    rows = {key_of(row): row for row in read_table(table_path)}
-    complete = set(rows) | {key_of(point_row(point)) for point in points(args)}
-    if rows and (not machine_path.exists() or json.loads(machine_path.read_text()) != machine):
-        if len(complete) > len(points(args)):
-            raise SystemExit(
-                f"error: {table_path} is of another machine or other settings: measure all points "
-                f"anew, or choose another --results-dir"
-            )
-        rows = {}
+    """Measure point by point, and write the table after each."""
+    name = f"efficiency_{args.device.split(':')[0]}{'_compiled' * args.compile}"
+    place, table = (args.results_dir / f"{name}.{end}" for end in ("json", "csv"))
+    here = machine(args.device, threads=torch.get_num_threads(), compile=args.compile)
+    rows, failed, wanted = {}, {}, points(args)
+    if table.exists():
+        if json.loads(place.read_text()) != here:
+            raise SystemExit(f"error: {table} is of another machine; choose another --results-dir")
+        old = pd.read_csv(table, keep_default_na=False, na_values=["nan"]).to_dict("records")
+        rows = {tuple(row[key] for key in KEY): row for row in old}
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    machine_path.write_text(json.dumps(machine, indent=2) + "\n")
-    order = [key_of(point_row(point)) for point in points(Args())]
-    bar, failed = tqdm(total=len(points(args)), unit="point"), []
-    for method in args.methods:
-        words = [sys.executable, __file__, "--methods", method, *settings]
-        environment = {**os.environ, **KEEP_MEMORY, "EFFICIENCY_CHILD": method}
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(words, env=environment, **output) as process:
-            for line in process.stdout:
-                if line.startswith("{"):  # the profiler has its say, too
-                    row = json.loads(line)
-                    rows[key_of(row)] = row
-                    write_table(table_path, [rows[key] for key in order if key in rows])
-                    bar.update()
-            errors = ["no message", *process.stderr.read().strip().splitlines()]
-        if process.returncode:
-            failed.append(f"error: {method} could not be measured: {errors[-1]}")
-    bar.close()
+    place.write_text(json.dumps(here, indent=2) + "\n")
+    os.environ.update(KEEP_MEMORY)
+    process = {"mp_context": get_context("spawn"), "initializer": quiet, "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, **process) as pool:
+        jobs = [pool.submit(measure, point, args) for point in wanted]
+        for point, job in zip(tqdm(wanted, unit="point"), jobs, strict=True):
+            try:
+                rows[point] = job.result()
+            except (Exception, SystemExit) as problem:
+                reason = f"error: {point.method} could not be measured: {problem}"
+                failed[point.method] = reason.splitlines()[0]
+                continue
+            write_table(table, [rows[key] for key in points(Args()) if key in rows])
     if failed:
-        raise SystemExit("\n".join(failed))
+        raise SystemExit("\n".join(failed.values()))
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args)
-    if "EFFICIENCY_CHILD" in os.environ:
-        child(arguments, os.environ["EFFICIENCY_CHILD"])
-    else:
-        main(arguments)
+    main(tyro.cli(Args))

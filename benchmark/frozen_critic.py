@@ -97,14 +97,13 @@ def main(args: Args) -> None:
     env, rows = MPE(TASK, args.episodes), []
     for seed in args.seeds:
         settings = {"task": TASK, "quality": QUALITY, "seed": seed, "num_updates": args.num_updates}
-        settings |= {"device": "cpu", "compile": False, "resume": True, "data_dir": args.data_dir}
-        settings |= {"hidden_dims": HIDDEN_DIMS}
-
-        module, run_dir = load_script("td3_bc"), args.run_dir / "critic"
-        module.train(module.Args(**settings, run_dir=run_dir))
-        run = run_dir / f"{TASK}-{QUALITY}" / "td3_bc_mpe" / f"seed-{seed}"
-        weights = torch.load(run / "checkpoint.pt", weights_only=True)["states"]["critic"]
-        obs = module.load_dataset(args.data_dir, TASK, QUALITY, seed, env)["obs"]
+        settings |= {"device": "cpu", "compile": False, "resume": True, "hidden_dims": HIDDEN_DIMS}
+        settings |= {"data_dir": args.data_dir, "run_dir": args.run_dir}
+        module = load_script("td3_bc")
+        module.train(module.Args(**settings, name="critic"))
+        run = args.run_dir / f"{TASK}-{QUALITY}" / "td3_bc_mpe-critic" / f"seed-{seed}"
+        weights = torch.load(run / "checkpoint.pt", weights_only=True)["parts"][1]
+        obs = module.load_dataset(args.data_dir, TASK, QUALITY, [seed], env)["obs"]
         obs = obs[:, torch.randperm(obs.shape[1])[:10_000]]
         critic = Critic(env.num_agents, obs.shape[-1], 2, HIDDEN_DIMS)
         critic.load_state_dict(weights)
@@ -120,14 +119,13 @@ def main(args: Args) -> None:
 
         for method in args.methods:
             name, *options = method.split()
-            module, run_dir = load_script(name.removesuffix("-split")), args.run_dir / method
+            module = load_script(name.removesuffix("-split"))
             freeze(module, critic)
             if name == "om2p-split":
                 module.MeanFlowPolicy = SplitPolicy
-            chosen = tyro.cli(
-                module.Args, args=options, default=module.Args(**settings, run_dir=run_dir)
-            )
-            policy, _ = module.train(chosen)
+            run_name = "-".join(["frozen", *name.split("-")[1:], *options]).replace("--", "")
+            default = module.Args(**settings, name=run_name)
+            policy, _ = module.train(tyro.cli(module.Args, args=options, default=default))
             with torch.no_grad():
                 many = torch.stack([policy.act(obs) for _ in range(32)])
             add(method, policy, many.mean(dim=0))

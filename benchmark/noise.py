@@ -19,16 +19,16 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT / "benchmark"))
 from run import CHEETAH, QUALITIES, write_table  # noqa: E402
-from watch import load_team  # noqa: E402
+from steps import find_team  # noqa: E402
 
 DETERMINISTIC = ("bc", "td3_bc", "omar")
 
 
 @dataclass
 class Args:
-    run_dir: Path = Path("runs/benchmark/mamujoco/defaults")
+    run_dir: Path = Path("runs/benchmark/mamujoco")
     """the --run-dir of the runs"""
     methods: tuple[str, ...] = ("om2p", "diffusion_ql", "td3_bc")
     """those of the grid mamujoco"""
@@ -68,10 +68,8 @@ def main(args: Args) -> None:
         else:
             change = {f"mean of {args.samples} actions": {"samples": args.samples}}
         for quality, seed in product(QUALITIES, args.seeds):
-            folder = args.run_dir / f"{CHEETAH}-{quality}" / f"{method}_mamujoco" / f"seed-{seed}"
-            if not (folder / "policy.pt").exists():
-                raise SystemExit(f"error: {folder} has no policy.pt; first run the grid mamujoco")
-            team = load_team(folder, args.episodes, seed)
+            folder = args.run_dir / f"{CHEETAH}-{quality}" / f"{method}_mamujoco"
+            team = find_team(folder, seed, args.episodes)
             for acting, settings in {"as trained": {}, **change}.items():
                 policy = Acting(team.policy, **settings)
                 returns = team.module.evaluate(policy, [team.env], [seed])

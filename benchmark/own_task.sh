@@ -14,7 +14,7 @@ run() { # print a command, then its output without progress bars; if it fails, w
 }
 
 {
-    run python data/collect_mamujoco.py --task "$task" --train --train-steps 200000
+    run python data/train_behavior.py --task "$task" --train-steps 200000 --out "data/behavior/$task.npz"
     for quality in medium-replay expert; do
         run python data/collect_mamujoco.py --task "$task" --quality "$quality" --seed 0
         run python om2p_mamujoco.py --task "$task" --quality "$quality" --seed 0

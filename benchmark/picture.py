@@ -26,8 +26,8 @@ class Args:
     """picture to write"""
     episodes: int = 4
     """panels in a row"""
-    seed: int = 1
-    """seed of initial states and noise"""
+    seed: int | None = None
+    """seed of initial states and noise; in a run of several, whose team; default: the first"""
 
 
 @torch.no_grad()
@@ -35,8 +35,6 @@ def main(args: Args) -> None:
     """Play the policies and draw them."""
     if not args.run_dirs:
         raise SystemExit("error: name run directories, as runs/simple_tag-expert/om2p_mpe/seed-0")
-    if args.episodes < 1 or args.seed < 0:
-        raise SystemExit("error: --episodes must be 1 or more, --seed 0 or more")
     mpl.use("Agg")
     rows, columns = len(args.run_dirs), args.episodes
     figure, axes = plt.subplots(
@@ -45,8 +43,8 @@ def main(args: Args) -> None:
     for run_dir, panels in zip(args.run_dirs, axes, strict=True):
         team = load_team(run_dir, columns, args.seed)
         env, policy = team.env, team.policy
-        torch.manual_seed(args.seed)
-        obs, path, returns = env.reset(args.seed), [env.pos], 0.0
+        torch.manual_seed(team.seed)
+        obs, path, returns = env.reset(team.seed), [env.pos], 0.0
         for _ in range(env.horizon):
             obs, reward = env.step(policy.act(torch.from_numpy(obs)).numpy())
             returns = returns + reward.mean(axis=0)

@@ -6,37 +6,45 @@ With K steps the interval [0, 1] is cut into K, and the mean velocity is followe
 Writes benchmark/results/steps.csv.
 """
 
-import json
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from run import ABLATION_DATA, SEEDS, write_table  # noqa: E402
-
-from om2p_mpe import MPE, MeanFlowPolicy, evaluate, find_prey, normalized_score  # noqa: E402
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "tools")]
+from run import ABLATION_DATA, write_table  # noqa: E402
+from watch import load_team  # noqa: E402
 
 
 @dataclass
 class Args:
-    run_dir: Path = Path("runs/benchmark/mpe/defaults")
+    run_dir: Path = Path("runs/benchmark/mpe")
     """the --run-dir of the runs of om2p_mpe.py"""
-    data_dir: Path = Path("data")
-    """where the prey is"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """of the runs"""
     steps: tuple[int, ...] = (1, 2, 5, 10)
     """numbers of steps, 1 or more"""
     episodes: int = 1_000
     """evaluation episodes of each"""
 
 
+def find_team(folder: Path, seed: int, episodes: int):
+    """A seed's team, from its own run or that of several seeds, below the folder of its script."""
+    for path in sorted(folder.glob("seed-*/policy.pt")):
+        seeds = [int(number) for number in path.parent.name.split("-")[1:]]
+        if seeds[0] <= seed <= seeds[-1]:
+            return load_team(path.parent, episodes, seed)
+    raise SystemExit(f"error: {folder} has no finished run of seed {seed}; first run its grid")
+
+
 class SeveralSteps:
     """A mean-flow policy that follows the flow in `steps` equal steps."""
 
-    def __init__(self, policy: MeanFlowPolicy, steps: int):
+    def __init__(self, policy, steps: int):
         self.policy, self.steps = policy, steps
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -49,25 +57,16 @@ class SeveralSteps:
 
 
 def main(args: Args) -> None:
-    """Evaluate every run that is there."""
+    """Evaluate every run."""
     torch.set_num_threads(1)
     rows = []
-    for task, quality in ABLATION_DATA:
-        env = MPE(task, args.episodes)
-        env.prey_policy = find_prey(task, args.data_dir)
-        for seed in SEEDS:
-            folder = args.run_dir / f"{task}-{quality}" / "om2p_mpe" / f"seed-{seed}"
-            if not (folder / "policy.pt").exists():
-                raise SystemExit(f"error: {folder} has no policy.pt; first run the grid mpe")
-            hidden_dims = json.loads((folder / "args.json").read_text())["hidden_dims"]
-            obs_dim = max(env.obs_dims)
-            policy = MeanFlowPolicy(env.num_agents, obs_dim, max(env.action_dims), hidden_dims)
-            policy.load_state_dict(torch.load(folder / "policy.pt", weights_only=True))
-            for steps in args.steps:
-                returns = evaluate(SeveralSteps(policy, steps), [env], [seed])
-                score = round(normalized_score(task, returns.mean()), 2)
-                key = {"task": task, "quality": quality, "seed": seed, "steps": steps}
-                rows.append({**key, "score": score})
+    for (task, quality), seed in product(ABLATION_DATA, args.seeds):
+        team = find_team(args.run_dir / f"{task}-{quality}" / "om2p_mpe", seed, args.episodes)
+        for steps in args.steps:
+            returns = team.module.evaluate(SeveralSteps(team.policy, steps), [team.env], [seed])
+            score = round(float(team.module.normalized_score(task, returns.mean())), 2)
+            key = {"task": task, "quality": quality, "seed": seed, "steps": steps}
+            rows.append({**key, "score": score})
     write_table(ROOT / "benchmark" / "results" / "steps.csv", rows)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
 import dom2_mpe  # noqa: E402
 
 import om2p_mpe  # noqa: E402
-from om2p_mpe import MeanFlowPolicy, mlp, squared_error  # noqa: E402
+from om2p_mpe import MeanFlowPolicy, mlp  # noqa: E402
 
 om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
@@ -38,6 +39,11 @@ class Args(om2p_mpe.Args):
         "no-derivative", "released", "short-step", "penalty", "smaller-q", "conservative", "split"
     ] = "released"
     """what is made otherwise"""
+
+
+def squared_error(u, target):
+    """Mean over batch and action components, sum over agents."""
+    return F.mse_loss(u, target, reduction="none").mean(dim=(1, 2)).sum()
 
 
 def no_derivative_loss(policy, obs, action, noise, r, t, *_):
@@ -70,33 +76,30 @@ def short_step_loss(policy, obs, action, noise, r, t, delta, *_):
     return squared_error(u, target)
 
 
-class ReleasedPolicy(MeanFlowPolicy):
-    """A mean-flow policy that acts as the release does: u(noise, 0, 1), without the noise."""
-
-    def act(self, obs, noise=None):
-        """(N, B, obs_dim) -> (N, B, action_dim)."""
-        if noise is None:
-            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
-        r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
-        return self(obs, noise, r, t).clamp(-1, 1)
-
-
 class FreePolicy(MeanFlowPolicy):
     """A mean-flow policy that keeps its last action before the clip, as `free`."""
 
+    share = 1.0  # of the noise in the action
+
     def act(self, obs, noise=None):
         """(N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
             noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
-        self.free = noise + self(obs, noise, r, t)
-        return self.free.clamp(-1, 1)
+        self.free = self.share * noise + self(obs, noise, r, t)
+        return self.mask * self.free.clamp(-1, 1)
+
+
+class ReleasedPolicy(FreePolicy):
+    """A mean-flow policy that acts as the release does: u(noise, 0, 1), without the noise."""
+
+    share = 0.0
 
 
 def penalty_loss(policy, critic, batch, args):
     """OM2P's loss plus the squared distance to the box, mean over the batch, sum over agents."""
     loss, parts = om2p_policy_loss(policy, critic, batch, args)
-    penalty = (policy.free - policy.free.clamp(-1, 1)).square().mean(dim=(-2, -1)).sum()
+    penalty = squared_error(policy.free, policy.free.clamp(-1, 1))
     return loss + penalty, parts | {"penalty": penalty.detach()}
 
 

@@ -15,8 +15,7 @@ Neither source has next observations: they are the next row's, and an episode's 
 none, is dropped, so that 24 of 25 or 999 of 1,000 rows remain. Episodes end where the source says
 so (terminals, truncations, dones), after 25 or 1,000 rows at the latest, and in the particle tasks
 wherever a position does not follow from the velocity. `dones` is written as 0, as in OMAR's own
-particle data, for these tasks end by the time limit alone. The result goes to
-data/<task>/<quality>/seed_<seed>_data/, float32, with a card whose returns are of whole episodes.
+particle data, for these tasks end by the time limit alone. The card tells whole episodes' returns.
 
 Checked: vaults that Flashbax 0.1.3 (vault version 1.2) writes with the structure of OG-MARL's card
 are read, by tensorstore alone, without Flashbax and JAX. Not checked: the public files themselves,
@@ -26,30 +25,26 @@ replays are filled up with rows of zeros (cut off here), nor that the prey is th
 """
 
 import json
-import shutil
-import signal
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import tyro
+from card import HORIZONS, QUALITIES, episode_returns, find_ends, map_array
+from collect_mpe import main, new_folder, write_dataset
 
-SHAPES = {  # learning agents, others, obs_dim, action_dim, rows of an episode
-    "simple_spread": (3, 0, 18, 2, 25),
-    "simple_tag": (3, 1, 16, 2, 25),
-    "simple_world": (3, 1, 24, 2, 25),
-    "HalfCheetah-2x3": (2, 0, 6, 3, 1_000),
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from om2p_mpe import fail_as
+
+SHAPES = {  # learning agents, others, obs_dim, action_dim
+    "simple_spread": (3, 0, 18, 2),
+    "simple_tag": (3, 1, 16, 2),
+    "simple_world": (3, 1, 24, 2),
+    "HalfCheetah-2x3": (2, 0, 6, 3),
 }
-AXES = {  # of a vault's arrays: seeds, time, agents and, in marks it may be, one more
-    "observations": (4,),
-    "actions": (4,),
-    "rewards": (3,),
-    "terminals": (3, 4),
-    "truncations": (3, 4),
-}
-QUALITIES = ("random", "medium-replay", "medium", "expert")
+KEYS = {"obs": "observations", "action": "actions", "reward": "rewards"}
 
 
 @dataclass
@@ -66,36 +61,30 @@ class Args:
     """folder of the datasets"""
 
 
-def stop(message: str, problem: Exception | None = None) -> NoReturn:
-    """End the program with one line on stderr and exit status 1."""
-    reason = "" if problem is None else f": {str(problem) or type(problem).__name__}"
-    raise SystemExit(f"error: {message}{reason}".splitlines()[0])
-
-
 def find_vault(source: Path, quality: str) -> Path:
     """The folder of one quality, Medium-Replay for medium-replay, in an unpacked zip file."""
     if (source / "metadata.json").is_file():
         if source.name.lower() in {*QUALITIES} - {quality}:
-            stop(f"{source} is not of quality {quality}, by its name")
+            raise SystemExit(f"error: {source} is not of quality {quality}, by its name")
         return source
     found = [path.parent for path in source.rglob("metadata.json")]
     found = [path for path in found if path.name.lower() == quality]
     if len(found) != 1:
-        stop(f"{source} holds no obs_0.npy, and {len(found)} vaults of quality {quality}, not one")
+        what = f"{len(found)} vaults of quality {quality}, not one"
+        raise SystemExit(f"error: {source} holds no obs_0.npy, and {what}")
     return found[0]
 
 
-def open_vault(folder: Path) -> tuple[dict, int]:
-    """Open a vault's arrays, {name: (seeds, time, agents, ...)}, and tell how many rows are filled.
+def read_vault(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
+    """One seed of a vault: {key: (N, T, ...)} of the learning agents, marked ends (T,), a title.
 
-    A vault is one zarr array for each leaf of `structure_shape` in metadata.json, named by the keys
-    on the way to it with a dot after each, and an array `vault_index` of one number, the rows; all
-    in one OCDBT database. Source: github.com/instadeepai/flashbax, vault.py.
+    A vault is one zarr array for each leaf of `structure_shape` in metadata.json, (seeds, time,
+    agents, ...), named by the keys on the way to it with a dot after each, and an array
+    `vault_index` of one number, the filled rows; all in one OCDBT database. Source:
+    github.com/instadeepai/flashbax, vault.py.
     """
-    try:
+    with fail_as("reading a vault needs `pip install -r requirements-convert.txt`"):
         import tensorstore
-    except Exception as problem:  # or one that does not go with the NumPy that is there
-        stop("reading a vault needs `pip install -r requirements-convert.txt`", problem)
 
     def open_array(name: str):
         place = {"driver": "file", "path": f"{folder.resolve()}/"}
@@ -103,210 +92,124 @@ def open_vault(folder: Path) -> tuple[dict, int]:
         spec = {"driver": "zarr", "kvstore": database}
         return tensorstore.open(spec, read=True, open=True).result()
 
-    try:
+    with fail_as(f"{folder} cannot be read as a vault"):
         metadata = json.loads((folder / "metadata.json").read_text())
         if int(metadata["version"]) != 1:
             raise ValueError(f"its version is {metadata['version']}, not 1")
-        arrays = {
-            name: open_array(f"{name}.")
-            for name, leaf in metadata["structure_shape"].items()
-            if isinstance(leaf, str)  # not a branch, as infos, which holds the state
-        }
-        return arrays, int(open_array("vault_index").read().result()[0])
-    except Exception as problem:
-        stop(f"{folder} cannot be read as a vault", problem)
-
-
-def read_vault(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
-    """Read one seed of a vault: {name: (agents, T, ...)} of the learning agents, ends, a title.
-
-    Ends (T,) of bool are what terminals and truncations mark. A vault of one seed serves any.
-    """
-    arrays, num_rows = open_vault(folder)
-    learners, others, *_ = SHAPES[args.task]
-    needed = {"obs": "observations", "acs": "actions", "rews": "rewards", "dones": "terminals"}
-    if missing := {*needed.values()} - {*arrays}:
-        stop(f"{folder} has no {', '.join(sorted(missing))}")
-    for name, axes in AXES.items():
-        if name in arrays and len(arrays[name].shape) not in axes:
-            stop(f"{name} of {folder} are of shape {arrays[name].shape}; expected {axes[0]} axes")
-    num_seeds, _, num_agents = arrays["rewards"].shape
-    if num_agents != learners + others:
-        stop(f"{folder} has {num_agents} agents; expected {learners + others} in {args.task}")
-    if args.seed >= num_seeds > 1:
-        stop(f"--seed is {args.seed}; {folder} holds seeds 0 to {num_seeds - 1}")
-    entry = args.seed if num_seeds > 1 else 0
-
-    def read(name: str) -> np.ndarray:
-        try:
-            array = arrays[name][entry, :num_rows, :learners].read().result()
-            if array.dtype.kind not in "biuf":
-                raise ValueError("it is not an array of numbers")
-            return np.moveaxis(array, 1, 0)
-        except Exception as problem:
-            stop(f"{name} of {folder} cannot be read", problem)
-
-    columns = {name: read(key) for name, key in needed.items()}
-    marks = np.atleast_3d(columns.pop("dones")).any(axis=(0, 2))
-    if "truncations" in arrays:
-        marks |= np.atleast_3d(read("truncations")).any(axis=(0, 2))
-    filled = columns["obs"].any(axis=(0, *range(2, columns["obs"].ndim)))
+        names = {*KEYS.values(), "terminals"} | {"truncations"} & {*metadata["structure_shape"]}
+        arrays = {name: open_array(f"{name}.") for name in names}
+        num_rows = int(open_array("vault_index").read().result()[0])
+        num_seeds, _, num_agents = arrays["rewards"].shape
+        learners, others, *_ = SHAPES[args.task]
+        if num_agents != learners + others:
+            raise ValueError(f"it has {num_agents} agents, {args.task} has {learners + others}")
+        if args.seed >= num_seeds > 1:
+            raise ValueError(f"--seed is {args.seed}; it holds seeds 0 to {num_seeds - 1}")
+        entry = args.seed if num_seeds > 1 else 0  # a vault of one seed serves any
+        columns = {}
+        for name, array in arrays.items():
+            values = array[entry, :num_rows, :learners].read().result()
+            if values.dtype.kind not in "biuf":
+                raise ValueError(f"{name} are not numbers")
+            columns[name] = np.moveaxis(values, 1, 0)
+        marks = [np.atleast_3d(columns[x]).any(axis=(0, 2)) for x in names - {*KEYS.values()}]
+        marks = np.any(marks, axis=0)
+        filled = columns["observations"].any(axis=(0, *range(2, columns["observations"].ndim)))
     filled = slice(np.flatnonzero(filled).max(initial=-1) + 1)  # the rest was never written
-    columns = {name: values[:, filled] for name, values in columns.items()}
+    columns = {key: columns[name][:, filled] for key, name in KEYS.items()}
     title = f"OG-MARL's vault {folder.resolve().parent.name}/{folder.name}, entry {entry}"
     return columns, marks[filled], title
 
 
 def read_npy(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
-    """Map MASTARS' files: {name: [(T, ...) of each learning agent]}, marked ends (T,), a title."""
+    """Map MASTARS' files: {key: [(T, ...) of each learning agent]}, marked ends (T,), a title."""
     learners, others, *_ = SHAPES[args.task]
     if (folder / "next_obs_0.npy").exists():
-        stop(f"{folder} has next observations, so it is in OMAR's layout already")
+        raise SystemExit(f"error: {folder} has next_obs, so it is in OMAR's layout already")
     if (folder / f"obs_{learners + others}.npy").exists():
-        stop(f"{folder} holds more than the {learners + others} agents of {args.task}")
-    columns = {name: [] for name in ("obs", "acs", "rews", "dones")}
-    for name, arrays in columns.items():
-        for i in range(learners):
-            path = folder / f"{name}_{i}.npy"
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-                if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-                    raise ValueError("it is not an array of numbers")
-                if len(array) != len((columns["obs"] or [array])[0]):
-                    raise ValueError(f"it has {len(array)} rows, unlike obs_0.npy")
-                if name in ("rews", "dones"):
-                    array = array.reshape(len(array))  # (T, 1) is as good as (T,)
-            except Exception as problem:
-                stop(f"{path} cannot be read", problem)
-            arrays.append(array)
-    marks = np.logical_or.reduce([array != 0 for array in columns.pop("dones")])
+        raise SystemExit(
+            f"error: {folder} has more than the {learners + others} agents of {args.task}"
+        )
+    names = {"obs": "obs", "action": "acs", "reward": "rews", "done": "dones"}
+    columns = {
+        key: [
+            map_array(folder / f"{name}_{i}.npy", key in ("reward", "done"))
+            for i in range(learners)
+        ]
+        for key, name in names.items()
+    }
+    if len(lengths := {len(array) for arrays in columns.values() for array in arrays}) > 1:
+        raise SystemExit(f"error: the files of {folder} differ in length: {sorted(lengths)}")
+    marks = np.any([array != 0 for array in columns.pop("done")], axis=0)
     return columns, marks, f"MASTARS' files, {folder.resolve().name}"
 
 
-def check_columns(array: np.ndarray, width: int | None, what: str) -> np.ndarray:
-    """Cut -inf padding off (T, W) to (T, width), float32; (T,) without width.
-
-    Ends the program if that is not its shape or another number is not finite.
-    """
-    expected = array.shape[:1] + (() if width is None else (width,))
-    if width is not None and array.ndim == 2 and np.isneginf(array[:, width:]).all():
-        array = array[:, :width]
-    if array.shape != expected:
-        stop(f"{what} are of shape {array.shape}; expected {expected}, or more columns of -inf")
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        stop(f"{what} hold NaN or infinite values")
-    return array
-
-
-def find_ends(marks: np.ndarray, obs: np.ndarray, task: str) -> np.ndarray:
-    """Which rows (T,) are the last of an episode, from the marked ones and obs (N, T, obs_dim).
-
-    In the particle tasks obs starts with velocity and position, and inside an episode position
-    moves by 0.1 times the new velocity (OMAR's multiagent-particle-envs, core.py).
-    """
-    ends = marks.copy()
-    if task.startswith("simple_"):
-        steps = np.diff(obs[..., 2:4], axis=1) - 0.1 * obs[:, 1:, 0:2]
-        ends[:-1] |= (np.abs(steps) > 1e-3).any(axis=(0, 2))
-    ends[-1] = True
-    last = np.flatnonzero(ends)
-    lengths = np.diff(last, prepend=-1)
-    age = np.arange(len(ends)) - np.repeat(last - lengths + 1, lengths)  # rows since the start
-    horizon = SHAPES[task][-1]
-    return ends | (age % horizon == horizon - 1)
-
-
 def read_source(args: Args) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
-    """Read and check a source: obs (N, T, obs_dim), acs, rews (N, T), marked ends (T,), a title."""
+    """Read and check {obs, action (N, T, dim), reward (N, T)}; also marked ends (T,), a title."""
     if (args.source / "obs_0.npy").exists():
         columns, marks, title = read_npy(args.source, args)
     else:
         columns, marks, title = read_vault(find_vault(args.source, args.quality), args)
     if len(marks) < 2:
-        stop(f"{args.source} has {len(marks)} rows; expected an episode at least")
-    _, _, obs_dim, action_dim, _ = SHAPES[args.task]
-    data = {}
-    for name, width in (("obs", obs_dim), ("acs", action_dim), ("rews", None)):
-        agents = [
-            check_columns(values, width, f"{name} of agent {i} in {args.source}")
-            for i, values in enumerate(columns[name])
-        ]
-        data[name] = np.stack(agents)
-    if np.abs(data["acs"]).max() > 1.001:
-        stop(f"{args.source} holds actions outside [-1, 1]")
+        raise SystemExit(f"error: {args.source} has {len(marks)} rows, less than an episode")
+    widths, data = {"obs": SHAPES[args.task][2], "action": SHAPES[args.task][3]}, {}
+    with fail_as(f"{args.source} cannot be converted"), np.errstate(over="ignore"):
+        for key, agents in columns.items():
+            data[key], width = [], widths.get(key)
+            for i, array in enumerate(agents):
+                if width and array.ndim == 2 and np.isneginf(array[:, width:]).all():
+                    array = array[:, :width]  # the rest is padding
+                expected = (len(marks), width) if width else (len(marks),)
+                if array.shape != expected:
+                    raise ValueError(f"{key} of agent {i} has shape {array.shape}, not {expected}")
+                array = array.astype(np.float32)
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{key} of agent {i} holds NaN or infinite values")
+                data[key].append(array)
+        data = {key: np.stack(agents) for key, agents in data.items()}
+        if np.abs(data["action"]).max() > 1.001:
+            raise ValueError("it holds actions outside [-1, 1]")
     return data, marks, title
 
 
-def write_dataset(folder: Path, data: dict[str, np.ndarray], card: dict) -> None:
-    """Write {name: (N, T, ...)} and the card, into a temporary folder that is renamed at the end.
-
-    A conversion that is stopped leaves nothing behind.
-    """
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        for name, agents in data.items():
-            for i, values in enumerate(agents):
-                np.save(temporary / f"{name}_{i}.npy", values)
-        (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as problem:
-        stop(f"{folder} cannot be written", problem)
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def convert(args: Args) -> dict:
-    """Write one dataset and return its card."""
-    if args.seed < 0:
-        stop(f"--seed is {args.seed}; it must be 0 or more")
-    folder = args.data_dir / args.task / args.quality / f"seed_{args.seed}_data"
-    if folder.exists():
-        stop(f"{folder} is there already, and is left as it is; --data-dir can name another place")
+    """Write one dataset and return its card.
+
+    In the particle tasks obs starts with velocity and position, and inside an episode position
+    moves by 0.1 times the new velocity (OMAR's multiagent-particle-envs, core.py).
+    """
+    folder = new_folder(args)
     data, marks, title = read_source(args)
-    ends = find_ends(marks, data["obs"], args.task)
-    last, kept = np.flatnonzero(ends), np.flatnonzero(~ends)
-    if len(kept) < len(ends) / 2:
-        stop(f"rows of {args.source} do not follow from each other as in {args.task}")
-    lengths = np.diff(last, prepend=-1)
-    returns = np.add.reduceat(data["rews"].mean(axis=0, dtype=float), last - lengths + 1)
+    obs, goes_on = data["obs"], np.ones(len(marks) - 1, bool)
+    if args.task.startswith("simple_"):
+        jumps = np.diff(obs[..., 2:4], axis=1) - 0.1 * obs[:, 1:, 0:2]
+        goes_on = (np.abs(jumps) < 1e-3).all(axis=(0, 2))
+    ends = find_ends(marks, goes_on, HORIZONS[args.task])
+    kept = np.delete(np.arange(len(marks)), ends)
+    if len(kept) < len(marks) / 2:
+        raise SystemExit(f"error: rows of {args.source} do not follow from each other")
+    lengths = np.diff(ends, prepend=-1)
+    returns = episode_returns(data["reward"].mean(axis=0, dtype=float), marks, ends)
     card = {
         "dataset": f"{args.task}, {args.quality}, seed {args.seed}",
         "source": title,
         "transitions": len(kept),
-        "dropped": f"the last row of every episode, {len(last)} of {len(ends)}",
-        "episodes": len(last),
+        "dropped": f"the last row of every episode, {len(ends)} of {len(marks)}",
+        "episodes": len(ends),
         "rows of an episode": f"{lengths.min()} to {lengths.max()} in the source",
         "ends marked in the source": int(marks.sum()),
         "return mean": round(float(returns.mean()), 2),
         "return sd": round(float(returns.std()), 2),
         "command": f"python data/{Path(__file__).name} {args.source.name} --task {args.task} "
         f"--quality {args.quality} --seed {args.seed}",
-        "versions": f"numpy {np.__version__}",
     }
-    data = {name: values[:, kept] for name, values in data.items()} | {
-        "next_obs": data["obs"][:, kept + 1],
-        "dones": np.zeros((len(data["obs"]), len(kept)), np.float32),
+    data = {key: values[:, kept] for key, values in data.items()} | {
+        "next_obs": obs[:, kept + 1],
+        "done": np.zeros((len(obs), len(kept)), np.float32),
     }
     write_dataset(folder, data, card)
     return card
 
 
-def main(args: Args) -> None:
-    """Convert one dataset and print its card."""
-    try:
-        card = convert(args)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; no dataset was written") from None
-    for key, value in card.items():
-        print(f"{key:>26}: {value}")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    main(tyro.cli(Args))
+    main(convert, tyro.cli(Args))

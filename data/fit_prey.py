@@ -2,8 +2,8 @@
 
 OMAR's prey is part of those environments, so scores are comparable only against a prey that acts as
 it does. This script imitates it on the states that roll-outs visit and writes
-data/behavior/<task>_prey.npz. It needs the original, data/<task>/pretrained_adv_model.pt, from
-`bash data/download.sh <task>`; with --check it only compares, and writes --table.
+data/behavior/<task>_prey.npz. It needs the original, --original, which `bash data/download.sh
+<task>` fetches; with --check it only compares, and writes --table.
 
     python data/fit_prey.py --task simple_tag
     python data/fit_prey.py --task simple_tag --check --table benchmark/results/prey_simple_tag.csv
@@ -11,6 +11,8 @@ data/behavior/<task>_prey.npz. It needs the original, data/<task>/pretrained_adv
 
 import csv
 import itertools
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,16 +22,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from collect_mpe import BEHAVIOR_DIR, LEARNERS, MPE, load_behavior, load_prey, stop
+from collect_mpe import BEHAVIOR_DIR, load_behavior
+from convert_prey import read_original, write_prey
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from om2p_mpe import MPE, load_prey
 
 
 @dataclass
 class Args:
     task: Literal["simple_tag", "simple_world"] = "simple_tag"
     """the task"""
-    data_dir: Path = Path(__file__).resolve().parent
-    """folder with <task>/pretrained_adv_model.pt"""
+    original: Path | None = None
+    """OMAR's pretrained_adv_model.pt; by default that in data/<task>/"""
     num_updates: int = 30_000
     """gradient steps on batches of 2,048 states"""
     seed: int = 0
@@ -47,7 +53,7 @@ def play(task: str, hunter, prey_policy, num_episodes: int, seed: int):
     torch.manual_seed(seed)
     obs, seen, returns = env.reset(), [], 0.0
     for _ in range(env.horizon):
-        seen.append(env.observe([LEARNERS])[0])
+        seen.append(env.observe([3])[0])
         obs, reward = env.step(hunter(obs))
         returns = returns + reward.mean(axis=0)
     return np.concatenate(seen), returns
@@ -94,9 +100,7 @@ def fit(args: Args, original) -> None:
     for k, layer in enumerate(layers):
         arrays[f"weight_{k}"] = layer.weight.detach().T.half().numpy()
         arrays[f"bias_{k}"] = layer.bias.detach().half().numpy()
-    path = BEHAVIOR_DIR / f"{args.task}_prey.npz"
-    np.savez_compressed(path.with_suffix(".tmp.npz"), **arrays)
-    path.with_suffix(".tmp.npz").replace(path)
+    np.savez_compressed(BEHAVIOR_DIR / f"{args.task}_prey.npz", **arrays)
 
 
 def check(args: Args, original, ours) -> list[dict]:
@@ -121,19 +125,18 @@ def check(args: Args, original, ours) -> list[dict]:
 
 def main(args: Args) -> None:
     """Fit unless told not to, then compare."""
-    path = args.data_dir / args.task / "pretrained_adv_model.pt"
-    if not path.is_file():
-        stop(f"{path} is missing; get it by `bash data/download.sh {args.task}`")
-    obs_dim = MPE(args.task, 1).observe([LEARNERS]).shape[-1]
-    original = load_prey(path, obs_dim)
     if args.num_updates < 1:
-        stop(f"--num-updates is {args.num_updates}; it must be 1 or more")
+        raise SystemExit(f"error: --num-updates is {args.num_updates}; it must be 1 or more")
     if args.table and not args.table.parent.is_dir():
-        stop(f"--table {args.table}: {args.table.parent} is no folder")
+        raise SystemExit(f"error: --table {args.table}: {args.table.parent} is no folder")
+    default = BEHAVIOR_DIR.parent / args.task / "pretrained_adv_model.pt"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prey.npz")
+        write_prey(path, read_original(args.original or default))
+        original = load_prey(path)
     if not args.check:
         fit(args, original)
-    ours = load_prey(BEHAVIOR_DIR / f"{args.task}_prey.npz", obs_dim)
-    rows = check(args, original, ours)
+    rows = check(args, original, load_prey(BEHAVIOR_DIR / f"{args.task}_prey.npz"))
     if args.table:
         with args.table.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

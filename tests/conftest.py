@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data"), str(ROOT / "tools")]
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def write_prey(folder: Path, obs_dim: int, seed: int = 0) -> Path:
@@ -20,8 +21,26 @@ def write_prey(folder: Path, obs_dim: int, seed: int = 0) -> Path:
     arrays = {f"bias_{k}": rng.normal(size=sizes[k + 1]) for k in range(3)}
     arrays |= {f"weight_{k}": rng.normal(size=sizes[k : k + 2]) for k in range(3)}
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "prey.npz", **arrays)
+    np.savez(folder / "prey.npz", **{key: x.astype(np.float32) for key, x in arrays.items()})
     return folder / "prey.npz"
+
+
+def reference_prey(obs_dim, seed=0):
+    """OMAR's prey as a torch module in evaluation mode, and the checkpoint that it would write."""
+    torch.manual_seed(seed)
+    norm = torch.nn.BatchNorm1d(obs_dim)
+    layers = [torch.nn.Linear(*sizes) for sizes in ((obs_dim, 64), (64, 64), (64, 2))]
+    relu = torch.nn.ReLU()
+    net = torch.nn.Sequential(norm, layers[0], relu, layers[1], relu, layers[2], torch.nn.Tanh())
+    for _ in range(3):
+        net(2 + 3 * torch.randn(50, obs_dim))
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    policy = {f"in_fn.{key}": value for key, value in norm.state_dict().items()}
+    for k, layer in enumerate(layers, start=1):
+        policy |= {f"fc{k}.{key}": value for key, value in layer.state_dict().items()}
+    hunters = [{"policy": {"fc1.weight": torch.zeros(1)}}] * 3
+    return net.eval(), {"init_dict": {"lr": 0.01}, "agent_params": [*hunters, {"policy": policy}]}
 
 
 class Code:
@@ -84,8 +103,8 @@ def make_data():
         env = om2p_mpe.MPE(task, -(-transitions // om2p_mpe.MPE.horizon), seeds)
         rng = np.random.default_rng(seeds)
         if task != "simple_spread":
-            write_prey(folder, env.observe([3]).shape[-1])
-            env.prey_policy = om2p_mpe.find_prey(task, folder.parent)
+            path = write_prey(folder, env.observe([3]).shape[-1])
+            env.prey_policy = om2p_mpe.load_prey(path)
         obs, rows = env.reset(), []
         for _ in range(env.horizon):
             action = rng.uniform(-1, 1, (3, env.num_episodes, 2))
@@ -114,13 +133,22 @@ def make_mujoco_data():
 
     make_mujoco_data(folder, task, quality, transitions, seed), as `make_data`.
     """
-    import collect_mamujoco
+    from collect_mpe import roll_out, write_dataset
+
+    from om2p_mamujoco import FILES, MaMuJoCo
 
     def write(folder, task, quality="expert", transitions=500, seed=0):
-        folder = Path(folder) / task / quality / f"seed_{seed}_data"
-        folder.mkdir(parents=True)
-        args = collect_mamujoco.Args(task=task, seed=seed, num_transitions=transitions)
-        collect_mamujoco.write_files(folder, args, [None], collect_mamujoco.MaMuJoCo(task, 5))
-        return {path.stem: np.load(path) for path in folder.glob("*.npy")}
+        env, parts = MaMuJoCo(task, 1, seed), []
+        torch.manual_seed(seed)
+        while sum(part["reward"].shape[1] for part in parts) < transitions:
+            parts.append(roll_out(env, None, 0.0))
+        data = {key: np.concatenate([x[key] for x in parts], axis=1) for key in FILES}
+        data = {key: list(values[:, :transitions]) for key, values in data.items()}
+        for i in range(env.num_agents):
+            for key in ("obs", "next_obs"):
+                data[key][i] = data[key][i][:, : env.obs_dims[i]]
+            data["action"][i] = data["action"][i][:, : env.action_dims[i]]
+        write_dataset(Path(folder) / task / quality / f"seed_{seed}_data", data, {})
+        return {f"{FILES[key]}_{i}": x for key in FILES for i, x in enumerate(data[key])}
 
     return write

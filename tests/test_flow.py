@@ -33,11 +33,9 @@ def hand_made_derivative(obs, x, v, r, t):
 
 def target_of(u, obs, action, noise, r, t, **options):
     """The target that mean_flow_loss regresses u on, read off the gradient 2 (u - target) / Bd."""
-    shift = torch.zeros_like(action, requires_grad=True)
-    mean_flow_loss(
-        lambda *inputs: u(*inputs) + shift, obs, action, noise, r, t, **options
-    ).backward()
-    x = (1 - r) * noise + r * action
+    x, shift = (1 - r) * noise + r * action, torch.zeros_like(action, requires_grad=True)
+    batch = obs, action, noise, r, t
+    mean_flow_loss(lambda *inputs: u(*inputs) + shift, *batch, **options).backward()
     return (u(obs, x, r, t) - shift.grad * action[0].numel() / 2).detach()
 
 
@@ -60,17 +58,6 @@ def test_loss_is_the_formula(options):
 
 
 @BOTH
-def test_target_is_the_identity(options):
-    """Entry by entry the target is v + (t - r) du/dr, t held fixed, on a hand-made u."""
-    obs, action, noise, r, t = batch = make_batch()
-    x, v = (1 - r) * noise + r * action, action - noise
-    expected = v + (t - r) * hand_made_derivative(obs, x, v, r, t)
-    torch.testing.assert_close(
-        target_of(hand_made_u, *batch, **options), expected, rtol=0, atol=1e-4
-    )
-
-
-@BOTH
 def test_target_is_v_where_times_are_equal(options):
     """At t = r mean-flow matching is plain flow matching."""
     obs, action, noise, r, _ = make_batch()
@@ -81,8 +68,7 @@ def test_target_is_v_where_times_are_equal(options):
 @BOTH
 def test_no_gradient_through_target(options):
     """The gradient of a scaled field is the mean of 2 (u - target) f, the target a constant."""
-    batch = make_batch()
-    obs, action, noise, r, t = batch
+    obs, action, noise, r, t = batch = make_batch()
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     mean_flow_loss(lambda *inputs: scale * hand_made_u(*inputs), *batch, **options).backward()
     f = hand_made_u(obs, (1 - r) * noise + r * action, r, t)
@@ -104,36 +90,25 @@ def test_difference_quotient_is_the_jvp():
         assert (target_of(policy, *batch, **options) - exact).norm() < 1e-5 * (exact - v).norm()
 
 
-def test_difference_quotient_is_a_weighted_mean():
-    """It asks u to be the mean of v over a step and of u after it, counted (1 + T / delta)^2."""
+def test_difference_quotient_of_a_long_step():
+    """With a delta of 0.1 the derivative is the quotient of just that step along the path."""
     obs, action, noise, r, t = batch = make_batch()
-    v, length, delta = action - noise, t - r, 0.1
-    x = (1 - r) * noise + r * action
-    after = hand_made_u(obs, x + delta * v, r + delta, t)
-    parts = (delta * v + length * after) / (delta + length)
-    error = ((1 + length / delta) * (hand_made_u(obs, x, r, t) - parts)) ** 2
-    loss = mean_flow_loss(hand_made_u, *batch, delta=delta)
-    torch.testing.assert_close(loss, error.mean(dim=(-2, -1)).sum())
+    x, v, delta = (1 - r) * noise + r * action, action - noise, 0.1
+    after, u = hand_made_u(obs, x + delta * v, r + delta, t), hand_made_u(obs, x, r, t)
+    expected = v + (t - r) * (after - u) / delta
+    torch.testing.assert_close(target_of(hand_made_u, *batch, delta=delta), expected)
 
 
 @pytest.mark.parametrize(("delta", "error"), [(1e-2, 0.02), (om2p_mpe.Args.delta, 0.1)])
 def test_difference_quotient_in_float32(delta, error):
-    """In float32 it is near the derivative, at the script's delta too, and 1e-12 gives zero."""
+    """In float32 it is near the derivative, at the script's default delta too."""
     obs, action, noise, r, t = make_batch(dtype=torch.float32)
     r = 0.1 + 0.8 * r
-    t = torch.maximum(r, t)
+    batch = obs, action, noise, r, torch.maximum(r, t)
     policy = MeanFlowPolicy(3, 2, 2, (64, 64))
-    batch = obs, action, noise, r, t
     exact = target_of(policy, *batch, derivative="jvp")
-    estimate = target_of(policy, *batch, delta=delta)
     term = (exact - (action - noise)).norm()  # (t - r) du/dr
-    assert 0 < (estimate - exact).norm() < error * term
-
-    with torch.no_grad():
-        u = policy(obs, (1 - r) * noise + r * action, r, t)
-        flow_matching = (u - (action - noise)).square().mean(dim=(-2, -1)).sum()
-    assert mean_flow_loss(policy, *batch, delta=1e-12) == flow_matching
-    assert mean_flow_loss(policy, *batch) != flow_matching
+    assert 0 < (target_of(policy, *batch, delta=delta) - exact).norm() < error * term
 
 
 class OnePointFlow(MeanFlowPolicy):
@@ -150,91 +125,71 @@ def test_one_point_flow_is_exact(options):
     """The exact mean flow of a single action has no loss, and one step from any noise hits it."""
     policy = OnePointFlow(3, 2, 2, ())
     obs, action, noise, r, t = make_batch(largest=0.9)
-    loss = mean_flow_loss(policy, obs, policy.point.expand_as(action), noise, r, t, **options)
-    assert loss < 1e-12
+    point = policy.point.expand_as(action)
+    assert mean_flow_loss(policy, obs, point, noise, r, t, **options) < 1e-12
     assert mean_flow_loss(policy, obs, action, noise, r, t, **options) > 0.1  # other data
-    action = policy.act(obs, noise)
-    torch.testing.assert_close(action, policy.point.expand_as(action))
+    torch.testing.assert_close(policy.act(obs, noise), point)
 
 
 @BOTH
-@pytest.mark.parametrize(("mean", "sd"), [(0.2, 0.3), (-0.5, 1.0)])
-def test_gaussian_flow_is_a_stationary_point(options, mean, sd):
-    """The exact mean flow of 1-D Gaussian data has zero expected gradient, though not zero loss.
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.4), (0.3, 0.8), (0.6, 1.0)])
+def test_gaussian_flow_is_stationary(options, times):
+    """For actions N(m, sd^2) the exact mean flow leaves no gradient in any affine direction.
 
     x_s ~ N(s m, var(s)) with var(s) = (1 - s)^2 + (s sd)^2, and the flow of the marginal velocity
     maps x_r to t m + sqrt(var(t) / var(r)) (x_r - r m). The residual is affine in (noise, action),
     so that the four points of a two-point Gauss-Hermite rule give exact expectations.
     """
+    mean, sd = 0.3, 0.6
+    signs = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64)
+    noise, action = signs[None, :, :1], mean + sd * signs[None, :, 1:]
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 
     def deviation(s):
         return ((1 - s) ** 2 + (s * sd) ** 2).sqrt()
 
-    def u(x, r, t):
+    def policy(obs, x, r, t):
         x_t = t * mean + deviation(t) / deviation(r) * (x - r * mean)
-        return (x_t - x) / (t - r)
+        return (x_t - x) / (t - r) + weights[0] + weights[1] * x
 
-    signs = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64)
-    noise, action = signs[None, :, :1], mean + sd * signs[None, :, 1:]
-    for times in ((0.0, 1.0), (0.0, 0.4), (0.3, 0.8), (0.6, 1.0)):
-        r, t = (torch.full_like(noise, time) for time in times)
-        weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-
-        def policy(obs, x, r, t, weights=weights):
-            return u(x, r, t) + weights[0] + weights[1] * x
-
-        loss = mean_flow_loss(policy, None, action, noise, r, t, **options)
-        loss.backward()
-        assert loss > 1e-3
-        assert weights.grad.abs().max() < 1e-5
+    r, t = (torch.full_like(noise, time) for time in times)
+    loss = mean_flow_loss(policy, None, action, noise, r, t, **options)
+    loss.backward()
+    assert loss > 1e-3
+    assert weights.grad.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("derivative", ["finite-difference", "jvp"])
 def test_training_finds_the_only_action(derivative):
     """A small network trained on a single action per agent lands there in one step."""
     torch.manual_seed(0)
-    N, B = 2, 128
+    N, B = 2, 64
     policy = MeanFlowPolicy(N, 1, 2, (64, 64))
-    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), 5e-3)
     point = torch.tensor([[[0.5, -0.7]], [[-0.2, 0.1]]])
-    obs = torch.zeros(N, B, 1)
-    for _ in range(400):
-        r, t = sample_times((N, B, 1), 0.3, 1.0, 0.25)
-        noise = torch.randn(N, B, 2)
-        action = point.expand_as(noise)
-        loss = mean_flow_loss(policy, obs, action, noise, r, t, derivative=derivative)
+    for _ in range(300):
+        times, noise = sample_times((N, B, 1), 0.3, 1.0, 0.25), torch.randn(N, B, 2)
+        batch = torch.zeros(N, B, 1), point.expand_as(noise), noise, *times
+        loss = mean_flow_loss(policy, *batch, derivative=derivative)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        action = policy.act(torch.zeros(N, 1000, 1))
-    assert (action - point).norm(dim=-1).mean() < 0.1
-    assert (action.mean(dim=1) - point[:, 0]).abs().max() < 0.05
+    error = policy.act(torch.zeros(N, 1000, 1)).detach() - point
+    assert error.norm(dim=-1).mean() < 0.15
 
 
-@pytest.mark.parametrize("shapes", [(1, 1), (1.0, 1.0), (0.5, 1.0), (2.0, 2.0), (0.3, 1.0)])
+@pytest.mark.parametrize("shapes", [(1, 1), (2.0, 2.0), (0.3, 1.0)])
 @pytest.mark.parametrize("flow_ratio", [0.0, 0.25, 1.0])
 def test_times_are_ordered(shapes, flow_ratio):
     """0 <= r <= t <= 1, of the asked shape, and t = r for the asked share of the draws."""
     torch.manual_seed(0)
     r, t = sample_times((3, 10_000, 1), *shapes, flow_ratio)
     assert r.shape == t.shape == (3, 10_000, 1)
-    assert r.dtype == t.dtype == torch.float32
     assert (r >= 0).all()
     assert (r <= t).all()
     assert (t <= 1).all()
     error = 4 * math.sqrt(flow_ratio * (1 - flow_ratio) / r.numel()) + 1e-4
     assert abs((r == t).double().mean() - flow_ratio) <= error
-
-
-def test_uniform_times():
-    """Beta(1, 1) gives two sorted uniform numbers: means 1/3 and 2/3, variances 1/18, cov 1/36."""
-    torch.manual_seed(0)
-    times = torch.stack(sample_times((100_000,), 1.0, 1.0, 0.0)).double()
-    torch.testing.assert_close(times.mean(dim=1).tolist(), [1 / 3, 2 / 3], rtol=0, atol=4e-3)
-    torch.testing.assert_close(
-        times.cov().flatten().tolist(), [1 / 18, 1 / 36, 1 / 36, 1 / 18], rtol=0, atol=1e-3
-    )
 
 
 def test_times_near_what_acting_uses():

@@ -1,5 +1,6 @@
-"""tools/watch.py writes films of runs; test_scripts.py checks that it loads every script's team."""
+"""tools/watch.py: it builds every script's team from a run directory, and writes films."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,61 +10,79 @@ import numpy as np
 import pytest
 import torch
 import watch
-from conftest import refusal
-from test_scripts import TINY
+from conftest import POLICIES, refusal
+
+TINY = {"num_updates": 2, "eval_episodes": 2, "batch_size": 16, "hidden_dims": (16,)}
+TINY |= {"device": "cpu", "compile": False}
+all_methods = pytest.mark.parametrize("method", ["om2p", *POLICIES])
 
 
 @pytest.fixture
-def particle_run(make_data, tmp_path):
-    """A finished run of om2p_mpe.py on simple_tag."""
-    import om2p_mpe
+def train(make_data, make_mujoco_data, tmp_path):
+    """A function that trains a method on a task: the run directory, the policy, the returns."""
 
-    make_data(tmp_path / "data", "simple_tag")
-    folders = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
-    om2p_mpe.train(om2p_mpe.Args(task="simple_tag", **folders, **TINY))
-    return tmp_path / "runs/simple_tag-expert/om2p_mpe/seed-0"
+    def function(method, task, num_seeds=1):
+        suite, make = ("mpe", make_data) if "simple" in task else ("mamujoco", make_mujoco_data)
+        for seed in range(num_seeds):
+            make(tmp_path / "data", task, transitions=25, seed=seed)
+        module = importlib.import_module(f"{method}_{suite}")
+        places = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
+        args = module.Args(task=task, num_seeds=num_seeds, **TINY, **places)
+        policy, returns = module.train(args)
+        (run_dir,) = (tmp_path / "runs").glob("*/*/seed*")
+        return run_dir, policy, returns
+
+    return function
 
 
-def test_film_of_particles(particle_run, tmp_path, capsys):
+@all_methods
+def test_saved_team_plays_as_after_training(method, train):
+    """The run's own copy of its script gives the final returns again, bit for bit."""
+    run_dir, _, returns = train(method, "simple_tag")
+    team = watch.load_team(run_dir, 2)
+    assert Path(team.module.__file__).parent == run_dir
+    np.testing.assert_array_equal(team.module.evaluate(team.policy, [team.env]), returns)
+
+
+@all_methods
+def test_one_of_several_seeds(method, train):
+    """Of a run of several seeds the team of the one that is asked for plays, or the first one's."""
+    run_dir, policy, _ = train(method, "simple_spread", num_seeds=2)
+    for seed in (None, 0, 1):
+        team = watch.load_team(run_dir, 2, seed)
+        for key, values in team.policy.state_dict().items():
+            assert torch.equal(values, policy.state_dict()[key].chunk(2)[seed or 0])
+    assert "--seed 2" in refusal(watch.load_team, run_dir, 2, 2)
+
+
+def test_padding_is_masked(train):
+    """In a team of agents with 3, 1 and 3 actions the padding is 0, as in training."""
+    run_dir, policy, _ = train("om2p", "Pusher-3p")
+    team = watch.load_team(run_dir, 2)
+    assert team.policy.mask.sum(dim=-1).flatten().tolist() == [3, 1, 3]
+    obs, noise = torch.from_numpy(team.env.reset()), torch.randn(3, 2, 3)
+    assert torch.equal(team.policy.act(obs, noise), policy.act(obs, noise))
+
+
+def test_film_of_particles(train, tmp_path, capsys):
     """26 pictures of four episodes; things move; the last line gives the returns."""
-    out = tmp_path / "films/team.gif"
-    watch.main(watch.Args(particle_run, out, size=60))
+    run_dir, out = train("om2p", "simple_tag")[0], tmp_path / "films/team.gif"
+    watch.main(watch.Args(run_dir, out, size=60))
     frames = np.stack(imageio.mimread(out))
     assert frames.shape[:3] == (26, 60, 240)
     assert (frames[0] != frames[-1]).any()
     assert "simple_tag, 25 steps" in capsys.readouterr().out
 
 
-def test_padding_is_masked(make_mujoco_data, tmp_path):
-    """In a team of agents with 3, 1 and 3 actions, what only pads an action is not looked at."""
-    import om2p_mamujoco
-
-    make_mujoco_data(tmp_path / "data", "Pusher-3p")
-    folders = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
-    policy, _ = om2p_mamujoco.train(om2p_mamujoco.Args(task="Pusher-3p", **folders, **TINY))
-    team = watch.load_team(tmp_path / "runs/Pusher-3p-expert/om2p_mamujoco/seed-0", 2, 0)
-    assert team.policy.mask.sum(dim=-1).flatten().tolist() == [3, 1, 3]
-    obs, noise = torch.from_numpy(team.env.reset()), torch.randn(3, 2, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(team.policy.act(obs, noise), policy.act(obs, noise))
-
-
-def test_film_of_a_robot(make_mujoco_data, tmp_path, monkeypatch):
-    """One picture every --every steps, where MuJoCo can draw; else one line."""
-    import om2p_mamujoco
-
-    make_mujoco_data(tmp_path / "data", "Reacher-2x1")
-    folders = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
-    om2p_mamujoco.train(om2p_mamujoco.Args(task="Reacher-2x1", **folders, **TINY))
-    folder, out = tmp_path / "runs/Reacher-2x1-expert/om2p_mamujoco/seed-0", tmp_path / "team.gif"
-    options = ["--out", out, "--size", "64", "--every", "5"]
-    process = subprocess.run(
-        [sys.executable, watch.__file__, folder, *options], capture_output=True, text=True
-    )
+def test_film_of_a_robot(train, tmp_path):
+    """One picture every --every steps, where MuJoCo can draw."""
+    run_dir, out = train("om2p", "Reacher-2x1")[0], tmp_path / "team.gif"
+    options = f"--out {out} --size 64 --every 5".split()
+    command = [sys.executable, watch.__file__, run_dir, *options]
+    process = subprocess.run(command, capture_output=True, text=True)
     if "neither by EGL nor by OSMesa" in process.stderr:
         pytest.skip("MuJoCo cannot draw on this machine")
     assert process.returncode == 0, process.stderr
-    assert "Reacher-2x1, 50 steps" in process.stdout
     frames = np.stack(imageio.mimread(out))
     assert frames.shape[:3] == (11, 64, 64)
     assert (frames[0] != frames[-1]).any()
@@ -71,42 +90,26 @@ def test_film_of_a_robot(make_mujoco_data, tmp_path, monkeypatch):
 
 def test_no_renderer_is_one_line(monkeypatch):
     """Where neither EGL nor OSMesa works, it says so."""
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(watch.os, "environ", {})
     monkeypatch.setattr(watch.sys, "executable", "/bin/false")
     assert "EGL" in refusal(watch.choose_renderer)
 
 
-def test_missing_packages(particle_run, tmp_path, monkeypatch):
-    """It says what to install before anything is played."""
+@pytest.mark.parametrize("changes", [{"out": Path("team.avi")}, {"steps": 0}, {"seed": -1}])
+def test_bad_settings(changes, tmp_path):
+    """One line that names the flag."""
+    (name,), args = changes, {"run_dir": tmp_path, "out": tmp_path / "team.gif"} | changes
+    assert f"--{name}" in refusal(watch.main, watch.Args(**args))
+
+
+def test_unplayable_runs(train, tmp_path, monkeypatch):
+    """One line for missing packages, a script of another version, a broken or missing policy."""
+    run_dir, _, _ = train("om2p", "simple_spread")
+    args = watch.Args(run_dir, tmp_path / "team.gif")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    args = watch.Args(particle_run, tmp_path / "team.gif")
     assert "pip install -r requirements-dev.txt" in refusal(watch.main, args)
-    assert not list(tmp_path.glob("team*"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"out": "team.avi"}, "--out"),
-        ({"steps": 0}, "--steps"),
-        ({"size": 0}, "--size"),
-        ({"seed": -1}, "--seed"),
-        ({"run_dir": "nowhere"}, "nowhere is not the directory of a finished run"),
-    ],
-    ids=str,
-)
-def test_bad_settings(changes, reason, particle_run, tmp_path):
-    """One line, and no film."""
-
-    changes = {k: Path(v) if isinstance(v, str) else v for k, v in changes.items()}
-    args = watch.Args(**{"run_dir": particle_run, "out": tmp_path / "team.gif", **changes})
-    assert reason in refusal(watch.main, args)
-    assert not list(tmp_path.glob("team*"))
-
-
-def test_unfinished_run_is_refused(particle_run, tmp_path):
-    """Without policy.pt there is nothing to play; a broken one is named."""
-    (particle_run / "policy.pt").write_bytes(b"x")
-    assert "finished run" in refusal(watch.main, watch.Args(particle_run, tmp_path / "x.gif"))
-    (particle_run / "policy.pt").unlink()
-    assert "policy.pt" in refusal(watch.main, watch.Args(particle_run, tmp_path / "x.gif"))
+    (run_dir / "om2p_mpe.py").write_text("class MPE:\n    pass\n")
+    assert "this version" in refusal(watch.load_team, run_dir, 2)
+    (run_dir / "policy.pt").write_bytes(b"x")
+    assert "finished run" in refusal(watch.load_team, run_dir, 2)
+    assert "finished run" in refusal(watch.load_team, tmp_path, 2)

@@ -29,6 +29,8 @@ class Args:
     """run directory of any script, with args.json and policy.pt"""
     out: Path = Path("team.pt2")
     """file to write, .pt2"""
+    seed: int | None = None
+    """in a run of several seeds, whose team; default: the first"""
     data_dir: Path | None = None
     """where the prey is, if not in the --data-dir of the run"""
 
@@ -78,7 +80,7 @@ def main(args: Args) -> None:
     """Export, check, write."""
     if args.out.suffix != ".pt2":
         stop(f"--out {args.out} must end in .pt2")
-    team = load_team(args.run_dir, 1, 0, args.data_dir)
+    team = load_team(args.run_dir, 1, args.seed, args.data_dir)
     num_agents, obs_dim = team.env.num_agents, max(team.env.obs_dims)
     buffer = io.BytesIO()
     torch.export.save(export(team.policy, num_agents, obs_dim), buffer)
@@ -86,18 +88,12 @@ def main(args: Args) -> None:
     for batch_size in (1, 1_000):
         obs = torch.randn(num_agents, batch_size, obs_dim)
         if not (error := difference(team.policy, program, obs)) < 1e-5:
-            stop(
-                f"the exported team acts otherwise than the script, by {error}; nothing is written"
-            )
-    temporary = args.out.with_name(args.out.name + ".tmp")
+            stop(f"the exported team acts otherwise than the script, by {error}")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(args.out)
+        args.out.write_bytes(buffer.getvalue())
     except OSError as problem:
         stop(f"{args.out} cannot be written: {problem}")
-    finally:
-        temporary.unlink(missing_ok=True)
     obs = torch.zeros(num_agents, 1, obs_dim)
     print(
         f"{args.out}: {num_agents} agents, observations of {obs_dim} numbers, "

@@ -4,8 +4,8 @@
 
 Policy and environment come from the run's own copy of its script. The particle environments are
 drawn with matplotlib, four episodes side by side: targets and solid obstacles are grey, food is
-green, forests are light green, the prey is red. MuJoCo renders off screen, by EGL or OSMesa,
-whichever works (MUJOCO_GL chooses one), one episode. MP4 needs `pip install imageio-ffmpeg`.
+green, forests are light green, the prey is red. MuJoCo renders one episode off screen, by EGL or
+OSMesa, whichever works. MP4 needs `pip install imageio-ffmpeg`.
 """
 
 import importlib.util
@@ -30,8 +30,8 @@ class Args:
     """run directory of any script, with args.json and policy.pt"""
     out: Path = Path("team.gif")
     """file to write, .gif or .mp4"""
-    seed: int = 1
-    """seed of initial states and noise"""
+    seed: int | None = None
+    """seed of initial states and noise; in a run of several, whose team; default: the first"""
     steps: int = 200
     """longest film, in steps of the environment"""
     every: int = 2
@@ -51,21 +51,18 @@ def choose_renderer() -> None:
     """Set MUJOCO_GL to what can draw on this machine, unless it is set."""
     if "MUJOCO_GL" in os.environ:
         return
+    test = "import mujoco; mujoco.GLContext(8, 8).make_current()"
     for name in ("egl", "osmesa"):
-        test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-        if not subprocess.run(
-            test, env={**os.environ, "MUJOCO_GL": name}, capture_output=True
-        ).returncode:
-            os.environ["MUJOCO_GL"] = name
+        os.environ["MUJOCO_GL"] = name
+        if not subprocess.run([sys.executable, "-c", test], capture_output=True).returncode:
             return
     stop("MuJoCo can draw neither by EGL nor by OSMesa here: apt install libegl1 or libosmesa6")
 
 
-def load_team(run_dir: Path, num_episodes: int, seed: int, data_dir: Path | None = None):
+def load_team(run_dir: Path, num_episodes: int, seed: int | None = None, data_dir=None):
     """The environment of a run, K episodes at once, and its trained policy.
 
-    Both are built by the run's own copy of its script. Returns them with `settings`, those of
-    args.json, and `module`, the script. Ends the program with a line if something is missing.
+    Both come from the run's own script; the team is that of `seed`, by default of the first one.
     """
     try:
         settings = json.loads((run_dir / "args.json").read_text())
@@ -75,25 +72,29 @@ def load_team(run_dir: Path, num_episodes: int, seed: int, data_dir: Path | None
         stop(f"{run_dir} is not the directory of a finished run: {problem}")
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
     try:
         spec.loader.exec_module(module)
-    except ImportError as problem:
-        stop(f"{script} does not stand alone: {problem}")
-    if hasattr(module, "MaMuJoCo"):
-        env = module.MaMuJoCo(settings["task"], num_episodes, seed)
-    else:
-        env = module.MPE(settings["task"], num_episodes, seed)
-        env.prey_policy = module.find_prey(settings["task"], data_dir or Path(settings["data_dir"]))
-    policy_class = get_type_hints(module.train)["return"].__args__[0]
-    own = [name for name in inspect.signature(policy_class).parameters if name in settings]
-    sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
-    policy = policy_class(*sizes, **{name: settings[name] for name in own})
-    policy.load_state_dict(weights)
-    for part in policy.modules():  # agents with fewer actions than others are padded
-        if "mask" in dict(part.named_buffers(recurse=False)):
-            part.mask = getattr(env, "action_mask", part.mask)
-    return SimpleNamespace(env=env, policy=policy, settings=settings, module=module)
+        task, first, count = (settings[key] for key in ("task", "seed", "num_seeds"))
+        seed = first if seed is None else seed
+        suite = "MaMuJoCo" if hasattr(module, "MaMuJoCo") else "MPE"
+        env = getattr(module, suite)(task, num_episodes, seed)
+        if task in ("simple_tag", "simple_world"):
+            data_dir = Path(data_dir or settings["data_dir"])
+            env.prey_policy = module.load_prey(data_dir / task / "prey.npz")
+        sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
+        policy_class = get_type_hints(module.train)["return"].__args__[0]
+        own = {**settings, "steps": settings.get("diffusion_steps")}  # Diffusion-QL's name of it
+        names = list(inspect.signature(policy_class).parameters)[len(sizes) :]
+        policy = policy_class(*sizes, *(own[name] for name in names))
+        k = seed - first if count > 1 else 0
+        if not 0 <= k < count:
+            raise ValueError(f"--seed {seed} is not one of its seeds")
+        policy.load_state_dict({key: values.chunk(count)[k] for key, values in weights.items()})
+        for i, width in enumerate(env.action_dims):  # agents with fewer actions are padded
+            policy.mask[i, :, width:] = 0
+    except Exception as problem:
+        stop(f"{script} cannot be played by this version of the project: {problem!r}")
+    return SimpleNamespace(env=env, policy=policy, settings=settings, module=module, seed=seed)
 
 
 def draw_landmarks(panel, module, env, k: int) -> None:
@@ -111,31 +112,27 @@ def draw_landmarks(panel, module, env, k: int) -> None:
 
 def agent_color(module, agent: int) -> str:
     """Red for the prey, cool colours for the team."""
-    return "tab:red" if agent == module.LEARNERS else f"C{(0, 1, 4)[agent]}"
+    return "tab:red" if agent == module.MPE.num_agents else f"C{(0, 1, 4)[agent]}"
 
 
 def particle_frames(team, size: int):
     """Pictures of all episodes side by side, one now and one each time the next is asked for."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    env, module = team.env, team.module
-    figure, panels = plt.subplots(
-        1, env.num_episodes, figsize=(env.num_episodes, 1), dpi=size, squeeze=False
-    )
+    plt.switch_backend("Agg")
+    env, columns = team.env, team.env.num_episodes
+    figure, panels = plt.subplots(1, columns, figsize=(columns, 1), dpi=size, squeeze=False)
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0)
     bodies = []
     for k, panel in enumerate(panels[0]):
-        draw_landmarks(panel, module, env, k)
+        draw_landmarks(panel, team.module, env, k)
         panel.spines[:].set_linewidth(0.3)
         for agent, radius in enumerate(env.size):
-            color = agent_color(module, agent)
-            bodies.append((k, agent, plt.Circle((0, 0), radius, color=color, zorder=2)))
-            panel.add_patch(bodies[-1][2])
+            color = agent_color(team.module, agent)
+            body = panel.add_patch(plt.Circle((0, 0), radius, color=color, zorder=2))
+            bodies.append((body, k, agent))
     while True:
-        for k, agent, body in bodies:
+        for body, k, agent in bodies:
             body.center = env.pos[k, agent]
         figure.canvas.draw()
         yield np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
@@ -146,8 +143,7 @@ def robot_frames(team, size: int):
     import mujoco
 
     robot = team.env.envs[0].single_agent_env.unwrapped
-    names = [robot.model.camera(k).name for k in range(robot.model.ncam)]
-    camera = "track" if "track" in names else -1
+    camera = mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: free
     with mujoco.Renderer(robot.model, size, size) as renderer:
         while True:
             renderer.update_scene(robot.data, camera)
@@ -159,49 +155,35 @@ def main(args: Args) -> None:
     """Play, draw and write."""
     if args.out.suffix not in (".gif", ".mp4"):
         stop(f"--out {args.out} must end in .gif or .mp4")
-    for name in ("steps", "every", "size"):
-        if getattr(args, name) < 1:
-            stop(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    if args.seed < 0:
-        stop(f"--seed is {args.seed}; it must be 0 or more")
-    on_mujoco = any(path.stem.endswith("_mamujoco") for path in args.run_dir.glob("*.py"))
+    if min(args.steps, args.every, args.size, (args.seed or 0) + 1) < 1:
+        stop("--steps, --every and --size must be 1 or more, --seed 0 or more")
+    on_mujoco = any(args.run_dir.glob("*_mamujoco.py"))
     try:  # here, since others use `load_team`
-        import imageio
-
-        if not on_mujoco:
-            importlib.import_module("matplotlib")
+        imageio, _ = map(importlib.import_module, ("imageio", "matplotlib"))
     except ImportError as problem:
         stop(f"pip install -r requirements-dev.txt: {problem}")
     if on_mujoco:
         choose_renderer()
     team = load_team(args.run_dir, 1 if on_mujoco else 4, args.seed, args.data_dir)
-    env = team.env
-    pictures = (robot_frames if on_mujoco else particle_frames)(team, args.size)
-    torch.manual_seed(args.seed)
-    obs, returns, frames = env.reset(args.seed), 0.0, [next(pictures)]
-    length = min(env.horizon, args.steps)
-    for step in range(1, length + 1):
+    env, draw = team.env, robot_frames if on_mujoco else particle_frames
+    torch.manual_seed(team.seed)
+    pictures = draw(team, args.size)
+    obs, returns, frames = env.reset(team.seed), 0.0, [next(pictures)]
+    for step in range(1, min(env.horizon, args.steps) + 1):
         obs, reward = env.step(team.policy.act(torch.from_numpy(obs)).numpy())
         returns = returns + reward.mean(axis=0)
         if not on_mujoco or step % args.every == 0:
             frames.append(next(pictures))
     pictures.close()
-    temporary = args.out.with_name(f"{args.out.stem}.tmp{args.out.suffix}")
+    rate = 20 if on_mujoco else 10
+    timing = {"duration": 1000 / rate, "loop": 0} if args.out.suffix == ".gif" else {"fps": rate}
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.out.suffix == ".gif":
-            imageio.mimsave(temporary, frames, duration=1000 / (20 if on_mujoco else 10), loop=0)
-        else:
-            imageio.mimsave(temporary, frames, fps=20 if on_mujoco else 10)
-        temporary.replace(args.out)
+        imageio.mimsave(args.out, frames, **timing)
     except Exception as problem:
         stop(f"{args.out} cannot be written: {problem}")
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(
-        f"{args.out}: {team.settings['task']}, {length} steps, "
-        f"return so far {', '.join(f'{value:.1f}' for value in returns)}"
-    )
+    returns = ", ".join(f"{value:.1f}" for value in returns)
+    print(f"{args.out}: {team.settings['task']}, {step} steps, return so far {returns}")
 
 
 if __name__ == "__main__":
