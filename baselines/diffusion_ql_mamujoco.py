@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -249,8 +248,8 @@ def make_dataset(folder: Path, collector: str, flags: str) -> None:
 
 def read_array(path: Path, length: int | None, width: int, low: float, high: float) -> Tensor:
     """One .npy file of numbers from low to high as float32, (length, width)."""
-    with fail_as(f"{path} cannot be used"):
-        values = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    with fail_as(f"{path} cannot be used"), path.open("rb") as file:
+        values = torch.from_numpy(np.lib.format.read_array(file).astype(np.float32))
         values = values[:, None] if values.ndim == 1 else values
         if values.shape != (length or len(values), width):
             raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T', width)}")
@@ -268,7 +267,7 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
     widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
     dataset, length = {key: [] for key in FILES}, None
     for seed in seeds:
-        folder = Path(data_dir) / task / quality / f"seed_{seed}_data"
+        folder = Path(data_dir, task, quality, f"seed_{seed}_data").expanduser()
         if not folder.is_dir():
             make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
         for i, (key, name) in product(range(env.num_agents), FILES.items()):
@@ -297,21 +296,22 @@ def normalized_score(task: str, returns):
 
 
 def make_env(task: str):
-    """One episode's environment, a PettingZoo ParallelEnv, for <robot>-<partition>."""
+    """A PettingZoo ParallelEnv for <robot>-<partition>, and the steps of its longest episode."""
     robot, _, partition = task.partition("-")
     settings = {"agent_obsk": 0, "global_categories": (), **SETTINGS.get(robot, {})}
     with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo"):
-        return mamujoco_v1.parallel_env(scenario=robot, agent_conf=partition, **settings)
+        env = mamujoco_v1.parallel_env(scenario=robot, agent_conf=partition, **settings)
+    return env, env.single_agent_env.get_wrapper_attr("_max_episode_steps")
 
 
 class MaMuJoCo:
     """Multi-agent MuJoCo by gymnasium-robotics: a team of body parts drives one robot, K episodes.
 
     Agents observe what belongs to their own joints (agent_obsk=0, no global categories), as in the
-    public data: positions and velocities, in Ant and Humanoid contact forces too. Actions in
-    [-1, 1] are scaled to the robot's controls. Everybody's reward is the robot's, by the rules of
-    the -v2 tasks for HalfCheetah, Hopper, Walker2d and Ant, of -v5 for others. An episode lasts
-    `horizon` steps; where the robot falls (`done`) it ends, and pays nothing more.
+    public data: positions and velocities, in Ant contact forces too, in Humanoid also inertias.
+    Actions in [-1, 1] are scaled to the robot's controls. Everybody's reward is the robot's, by the
+    rules of the -v2 tasks for HalfCheetah, Hopper, Walker2d and Ant, of -v5 for others. An episode
+    lasts `horizon` steps; where the robot falls (`done`) it ends, and pays nothing more.
 
     Source: robotics.farama.org/envs/MaMuJoCo; de Witt et al. (2020), arxiv.org/abs/2003.06709.
     """
@@ -320,13 +320,12 @@ class MaMuJoCo:
 
     def __init__(self, task: str, num_episodes: int, seed: int = 0):
         self.task, self.num_episodes = task, num_episodes
-        self.envs = [make_env(task) for _ in range(num_episodes)]
-        first = self.envs[0]
-        self.names, self.num_agents = first.possible_agents, len(first.possible_agents)
-        self.obs_dims = tuple(first.observation_space(name).shape[0] for name in self.names)
-        self.action_dims = tuple(first.action_space(name).shape[0] for name in self.names)
-        self.action_scale = first.action_space(self.names[0]).high[0]
-        self.horizon = first.single_agent_env.get_wrapper_attr("_max_episode_steps")
+        self.envs, horizons = zip(*(make_env(task) for _ in range(num_episodes)), strict=True)
+        self.names, self.horizon = self.envs[0].possible_agents, horizons[0]
+        self.num_agents = len(self.names)
+        self.boxes = [self.envs[0].action_space(name) for name in self.names]
+        self.action_dims = tuple(box.shape[0] for box in self.boxes)
+        self.obs_dims = tuple(self.envs[0].observation_space(x).shape[0] for x in self.names)
         self.reset(seed)
 
     def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
@@ -346,15 +345,17 @@ class MaMuJoCo:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Advance the episodes that are not over by `action` (N, K, action_dim); obs, reward."""
-        reward = np.zeros(self.num_episodes)
+        reward = np.zeros((self.num_agents, self.num_episodes))
         for k in np.flatnonzero(~self.done):
-            own = zip(self.names, self.action_scale * action[:, k], self.action_dims, strict=True)
-            actions = {name: values[:width] for name, values, width in own}
+            actions = {}
+            for name, box, a in zip(self.names, self.boxes, action[:, k], strict=True):
+                actions[name] = (box.high + box.low + (box.high - box.low) * a[: len(box.low)]) / 2
             obs, rewards, terminated, _, _ = self.envs[k].step(actions)
             self.observe(k, obs)
-            self.done[k] = terminated[self.names[0]]
-            reward[k] = rewards[self.names[0]] + (self.done[k] and self.task.startswith(FALLING))
-        return self.obs.copy(), np.tile(reward, (self.num_agents, 1))
+            self.done[k] = all(terminated.values())
+            bonus = self.done[k] and self.task.startswith(FALLING)
+            reward[:, k] = [rewards[name] + bonus for name in self.names]
+        return self.obs.copy(), reward
 
 
 # endregion mamujoco
@@ -409,10 +410,9 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch.manual_seed(args.seed)
     seeds = range(args.seed, args.seed + args.num_seeds)
-    # Environments and data; the agents of several seeds are one large team
     envs = [MaMuJoCo(args.task, args.eval_episodes) for _ in seeds]
     dataset = load_dataset(args.data_dir, args.task, args.quality, seeds, envs[0], device)
-    num_agents, length, obs_dim = dataset["obs"].shape
+    num_agents, length, obs_dim = dataset["obs"].shape  # agents of all seeds, one large team
     if length < args.batch_size:
         raise SystemExit(f"error: --batch-size is more than the {length} transitions of the data")
     agents = torch.arange(num_agents, device=device)[:, None]
@@ -423,13 +423,14 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
         policy.mask[i, :, width:] = 0
     # region update_with_target_policy
     # Rewards of unit variance: critics need not grow to outputs in the hundreds first
-    dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+    std, mean = torch.std_mean(dataset["reward"], dim=1, keepdim=True)
+    dataset["reward"] /= std.maximum(mean.abs() / 100).clamp(min=1e-6)  # they may be constant
     critic = Critic(*sizes).to(device)
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     step_size = torch.tensor(args.learning_rate, device=device)  # a CUDA graph can follow it
-    adam = partial(torch.optim.Adam, fused=True, capturable=True)
-    policy_optimizer = adam(policy.parameters(), step_size)
-    critic_optimizer = adam(critic.parameters(), step_size.clone())
+    fast = {"fused": True, "capturable": True}
+    policy_optimizer = torch.optim.Adam(policy.parameters(), step_size, **fast)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), step_size.clone(), **fast)
     policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
 
     def update() -> dict[str, Tensor]:
@@ -467,10 +468,10 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
     # region loop
     # The run directory is this process's alone; without --resume an older one is moved aside
     script, source = Path(__file__), Path(__file__).read_bytes()
-    folder = Path(args.run_dir) / f"{args.task}-{args.quality}"
+    folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()
     folder /= f"{script.stem}-{args.name}" if args.name else script.stem
     run_dir = folder / "-".join(["seed", *map(str, sorted({seeds[0], seeds[-1]}))])
-    with fail_as(f"{run_dir} is another process's, or cannot be written"):
+    with fail_as(f"{run_dir} is in use, or cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{run_dir.name}.lock").acquire(timeout=0)  # noqa: F841
     checkpoint, step, seconds, history = run_dir / "checkpoint.pt", 0, 0.0, []
@@ -489,13 +490,13 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
         returns = saved["returns"].cpu().numpy()
     elif run_dir.exists():
         run_dir.rename(folder / f"old-{run_dir.name}-{time.time_ns()}")
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    (run_dir / script.name).write_bytes(source)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    with fail_as(f"{run_dir} cannot be written"):
+        writer = SummaryWriter(run_dir, purge_step=step + 1)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        (run_dir / script.name).write_bytes(source)
     updates = compiled(update, on_gpu) if args.compile else iter(update, None)
     start, total = time.perf_counter() - seconds, args.num_updates
-    bar = tqdm(range(step + 1, total + 1), initial=step, total=total, unit="update", disable=None)
+    bar = tqdm(range(step + 1, total + 1), unit="update", disable=not sys.stderr or None)
     for step, losses in zip(bar, updates, strict=False):
         policy_schedule.step()
         evaluating = step % args.eval_interval == 0 or step == total
@@ -514,7 +515,8 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
         writer.add_scalar("charts/return", mean, step)
         writer.add_scalar("charts/normalized_score", score, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+        bar.clear()
+        print(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
         for seed, mean in zip(seeds, returns.mean(axis=1).tolist(), strict=True):
             row = {"step": step, "return": mean, "score": normalized_score(args.task, mean)}
             history.append(row | {"seconds": seconds, "seed": seed} | losses)
@@ -532,9 +534,9 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
     for seed, values in zip(seeds, returns, strict=True):
         scores = [row["score"] for row in history if row["seed"] == seed]
         print(
-            f"{run_dir}, seed {seed}: final return {values.mean():.1f} (sd {values.std():.1f} over "
-            f"{len(values)} episodes), normalized score {scores[-1]:.1f} (best during training "
-            f"{max(scores):.1f}), {seconds / 60:.1f} minutes"
+            f"{str(run_dir)!a}, seed {seed}: final return {values.mean():.1f} (sd "
+            f"{values.std():.1f} over {len(values)} episodes), normalized score {scores[-1]:.1f} "
+            f"(best during training {max(scores):.1f}), {seconds / 60:.1f} minutes"
         )
     # endregion loop
     return policy, returns

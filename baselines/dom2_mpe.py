@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -335,8 +334,8 @@ def make_dataset(folder: Path, collector: str, flags: str) -> None:
 
 def read_array(path: Path, length: int | None, width: int, low: float, high: float) -> Tensor:
     """One .npy file of numbers from low to high as float32, (length, width)."""
-    with fail_as(f"{path} cannot be used"):
-        values = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    with fail_as(f"{path} cannot be used"), path.open("rb") as file:
+        values = torch.from_numpy(np.lib.format.read_array(file).astype(np.float32))
         values = values[:, None] if values.ndim == 1 else values
         if values.shape != (length or len(values), width):
             raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T', width)}")
@@ -354,7 +353,7 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
     widths = {"obs": env.obs_dims, "next_obs": env.obs_dims, "action": env.action_dims}
     dataset, length = {key: [] for key in FILES}, None
     for seed in seeds:
-        folder = Path(data_dir) / task / quality / f"seed_{seed}_data"
+        folder = Path(data_dir, task, quality, f"seed_{seed}_data").expanduser()
         if not folder.is_dir():
             make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
         for i, (key, name) in product(range(env.num_agents), FILES.items()):
@@ -542,12 +541,11 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch.manual_seed(args.seed)
     seeds = range(args.seed, args.seed + args.num_seeds)
-    # Environments and data; the agents of several seeds are one large team
     envs = [MPE(args.task, args.eval_episodes) for _ in seeds]
     dataset = load_dataset(args.data_dir, args.task, args.quality, seeds, envs[0], device)
     for env in envs if args.task != "simple_spread" else ():
-        env.prey_policy = load_prey(args.data_dir / args.task / "prey.npz")
-    num_agents, length, obs_dim = dataset["obs"].shape
+        env.prey_policy = load_prey(Path(args.data_dir, args.task, "prey.npz").expanduser())
+    num_agents, length, obs_dim = dataset["obs"].shape  # agents of all seeds, one large team
     if length < args.batch_size:
         raise SystemExit(f"error: --batch-size is more than the {length} transitions of the data")
     agents = torch.arange(num_agents, device=device)[:, None]
@@ -561,13 +559,14 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     policy = ScorePolicy(*sizes[:3], args.score_dims, args.solver_steps).to(device)
     # region update_conservative
     # Rewards of unit variance: critics need not grow to outputs in the hundreds first
-    dataset["reward"] /= dataset["reward"].std(dim=1, keepdim=True).clamp(min=1e-6)
+    std, mean = torch.std_mean(dataset["reward"], dim=1, keepdim=True)
+    dataset["reward"] /= std.maximum(mean.abs() / 100).clamp(min=1e-6)  # they may be constant
     critic = Critic(*sizes).to(device)
     target_policy, target_critic = (deepcopy(net).requires_grad_(False) for net in (policy, critic))
     step_size = torch.tensor(args.learning_rate, device=device)  # a CUDA graph can follow it
-    adam = partial(torch.optim.Adam, fused=True, capturable=True)
-    policy_optimizer = adam(policy.parameters(), step_size)
-    critic_optimizer = adam(critic.parameters(), step_size.clone())
+    fast = {"fused": True, "capturable": True}
+    policy_optimizer = torch.optim.Adam(policy.parameters(), step_size, **fast)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), step_size.clone(), **fast)
     policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
 
     def update() -> dict[str, Tensor]:
@@ -607,10 +606,10 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     # region loop
     # The run directory is this process's alone; without --resume an older one is moved aside
     script, source = Path(__file__), Path(__file__).read_bytes()
-    folder = Path(args.run_dir) / f"{args.task}-{args.quality}"
+    folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()
     folder /= f"{script.stem}-{args.name}" if args.name else script.stem
     run_dir = folder / "-".join(["seed", *map(str, sorted({seeds[0], seeds[-1]}))])
-    with fail_as(f"{run_dir} is another process's, or cannot be written"):
+    with fail_as(f"{run_dir} is in use, or cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{run_dir.name}.lock").acquire(timeout=0)  # noqa: F841
     checkpoint, step, seconds, history = run_dir / "checkpoint.pt", 0, 0.0, []
@@ -629,13 +628,13 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
         returns = saved["returns"].cpu().numpy()
     elif run_dir.exists():
         run_dir.rename(folder / f"old-{run_dir.name}-{time.time_ns()}")
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    (run_dir / script.name).write_bytes(source)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    with fail_as(f"{run_dir} cannot be written"):
+        writer = SummaryWriter(run_dir, purge_step=step + 1)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        (run_dir / script.name).write_bytes(source)
     updates = compiled(update, on_gpu) if args.compile else iter(update, None)
     start, total = time.perf_counter() - seconds, args.num_updates
-    bar = tqdm(range(step + 1, total + 1), initial=step, total=total, unit="update", disable=None)
+    bar = tqdm(range(step + 1, total + 1), unit="update", disable=not sys.stderr or None)
     for step, losses in zip(bar, updates, strict=False):
         policy_schedule.step()
         evaluating = step % args.eval_interval == 0 or step == total
@@ -654,7 +653,8 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
         writer.add_scalar("charts/return", mean, step)
         writer.add_scalar("charts/normalized_score", score, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        tqdm.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+        bar.clear()
+        print(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
         for seed, mean in zip(seeds, returns.mean(axis=1).tolist(), strict=True):
             row = {"step": step, "return": mean, "score": normalized_score(args.task, mean)}
             history.append(row | {"seconds": seconds, "seed": seed} | losses)
@@ -672,9 +672,9 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     for seed, values in zip(seeds, returns, strict=True):
         scores = [row["score"] for row in history if row["seed"] == seed]
         print(
-            f"{run_dir}, seed {seed}: final return {values.mean():.1f} (sd {values.std():.1f} over "
-            f"{len(values)} episodes), normalized score {scores[-1]:.1f} (best during training "
-            f"{max(scores):.1f}), {seconds / 60:.1f} minutes"
+            f"{str(run_dir)!a}, seed {seed}: final return {values.mean():.1f} (sd "
+            f"{values.std():.1f} over {len(values)} episodes), normalized score {scores[-1]:.1f} "
+            f"(best during training {max(scores):.1f}), {seconds / 60:.1f} minutes"
         )
     # endregion loop
     return policy, returns

@@ -86,21 +86,34 @@ class Args:
     """how long a rate is measured, at least three updates"""
     results_dir: Path = ROOT / "benchmark" / "results"
     """where the table goes"""
+    largest: bool = False
+    """of agents, batch and width the largest sizes alone"""
+    shrink: int = 1
+    """divide all widths and batches by so much: for rehearsals"""
+
+
+def shrunk(point: Point, divisor: int) -> Point:
+    """The same with batch and widths divided."""
+    widths = (str(int(width) // divisor) for width in point.hidden_dims.split("x"))
+    return point._replace(batch=point.batch // divisor, hidden_dims="x".join(widths))
 
 
 def points(args: Args) -> list[Point]:
     """What to measure, sorted by method."""
-    found = []
+    found, ends = [], slice(-1 if args.largest else 0, None)
     for method in args.methods:
         found += [Point("equal", method, hidden_dims="512x512x512x512")]
         found += [Point("default", method, batch=128)]
         if method in PUBLISHED:
             found += [Point("published", method, 3, *PUBLISHED[method])]
         if method in SWEPT:
-            found += [Point("agents", method, agents=number) for number in (2, 4, 8, 16, 32)]
-            found += [Point("batch", method, batch=number) for number in (256, 1024, 4096, 16_384)]
-            found += [Point("width", method, hidden_dims=f"{2**k}x{2**k}") for k in range(6, 11)]
-    return [point for point in found if point.part in args.parts]
+            found += [Point("agents", method, agents=number) for number in (2, 4, 8, 16, 32)[ends]]
+            batches = (256, 1024, 4096, 16_384)[ends]
+            found += [Point("batch", method, batch=number) for number in batches]
+            widths = (64, 128, 256, 512, 1024)[ends]
+            found += [Point("width", method, hidden_dims=f"{width}x{width}") for width in widths]
+    found = [point for point in found if point.part in args.parts]
+    return [shrunk(point, args.shrink) for point in found]
 
 
 class SeparateLinear(nn.Module):
@@ -221,6 +234,7 @@ def measure(point: Point, args: Args) -> dict:
     name, settings = METHODS[point.method]
     module, device = load_script(name), args.device
     on_gpu, compiled, result = device.startswith("cuda"), module.compiled, {}
+    before, data_bytes = [], []
     is_loop = point.method == "om2p-loop"  # one agent is measured, the others are as many again
     agents, repeats = (1, point.agents) if is_loop else (point.agents, 1)
     if is_loop:
@@ -229,19 +243,22 @@ def measure(point: Point, args: Args) -> dict:
         module.mean_flow_loss = jacobian_loss
     hidden_dims = tuple(map(int, point.hidden_dims.split("x")))
     if name == "dom2":
-        # The script's, SfBC's, or else of as many weights as the others' policies
-        score_dims = {"default": module.Args.score_dims, "published": (512, 256, 128)}
+        score_dims = {"default": module.Args.score_dims, "published": (512, 256, 128)}  # SfBC's
         equal = score_dims.get(point.part) or equal_score_dims(module, hidden_dims)
         settings = settings | {"score_dims": equal}
 
-    x = torch.ones(1, 8, 8, device=device, requires_grad=True)
-    torch.bmm(x, x).sum().backward()  # cuBLAS takes workspaces, for the backward thread, too
-    before = torch.cuda.memory_allocated(device) if on_gpu else 0
-    shape = agents, max(20_000, point.batch)
-    dataset = {key: torch.randn(*shape, OBS_DIM, device=device) for key in ("obs", "next_obs")}
-    dataset["action"] = torch.rand(*shape, ACTION_DIM, device=device) * 2 - 1
-    dataset |= {"reward": torch.randn(shape, device=device), "done": torch.zeros(shape).to(device)}
-    data_bytes = sum(values.nbytes for values in dataset.values())
+    def random_data(*_) -> dict[str, torch.Tensor]:
+        """In place of `load_dataset`, on the stream that `train` has chosen."""
+        x = torch.ones(1, 8, 8, device=device, requires_grad=True)
+        torch.bmm(x, x).sum().backward()  # cuBLAS takes workspaces, for the backward thread, too
+        before.append(torch.cuda.memory_allocated(device) if on_gpu else 0)
+        shape = agents, max(20_000, point.batch)
+        data = {key: torch.randn(*shape, OBS_DIM, device=device) for key in ("obs", "next_obs")}
+        data["action"] = torch.rand(*shape, ACTION_DIM, device=device) * 2 - 1
+        zeros = torch.zeros(shape, device=device)
+        data |= {"reward": torch.randn(shape, device=device), "done": zeros}
+        data_bytes.append(sum(values.nbytes for values in data.values()))
+        return data
 
     def fast(function):
         """The function as it is, or compiled."""
@@ -258,16 +275,18 @@ def measure(point: Point, args: Args) -> dict:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
             update()
-            allocated = torch.cuda.max_memory_allocated(device) - before
+            allocated = torch.cuda.max_memory_allocated(device) - before[0]
         else:
             owners = inspect.getclosurevars(update).nonlocals.values()
-            allocated = cpu_peak(update) + state_bytes(*owners) + data_bytes
+            allocated = cpu_peak(update) + state_bytes(*owners) + data_bytes[0]
         if is_loop:  # the other agents are not there
             allocated = math.nan
         flops, seconds = counter.total * repeats, clock(fast(update), args.seconds) * repeats
         low, rate, high = np.percentile(1 / seconds, (25, 50, 75))
         result.update(updates_per_second=rate, low=low, high=high)
-        result.update(memory_mib=(allocated - data_bytes) / 2**20, allocated_mib=allocated / 2**20)
+        result.update(
+            memory_mib=(allocated - data_bytes[0]) / 2**20, allocated_mib=allocated / 2**20
+        )
         product = product_rate(point, max(hidden_dims), device, args.seconds / 5)
         result.update(gflop=flops / 1e9, share_of_product=flops * rate / product)
         yield losses
@@ -283,7 +302,7 @@ def measure(point: Point, args: Args) -> dict:
         return np.zeros((1, 1))
 
     module.MPE = lambda *_: SimpleNamespace()
-    module.load_dataset = lambda *_: dataset
+    module.load_dataset = random_data
     module.compiled, module.evaluate = measured, decide
     with tempfile.TemporaryDirectory() as folder:
         settings = {"run_dir": Path(folder), "device": device, "compile": True} | settings
@@ -305,6 +324,7 @@ def main(args: Args) -> None:
     place, table = (args.results_dir / f"{name}.{end}" for end in ("json", "csv"))
     here = machine(args.device, threads=torch.get_num_threads(), compile=args.compile)
     rows, failed, wanted = {}, {}, points(args)
+    order = points(Args(shrink=args.shrink))
     if table.exists():
         if json.loads(place.read_text()) != here:
             raise SystemExit(f"error: {table} is of another machine; choose another --results-dir")
@@ -320,12 +340,11 @@ def main(args: Args) -> None:
             try:
                 rows[point] = job.result()
             except (Exception, SystemExit) as problem:
-                reason = f"error: {point.method} could not be measured: {problem}"
-                failed[point.method] = reason.splitlines()[0]
+                failed[point.method] = f"{problem!r}".splitlines()[0]
                 continue
-            write_table(table, [rows[key] for key in points(Args()) if key in rows])
+            write_table(table, [rows[key] for key in order if key in rows])
     if failed:
-        raise SystemExit("\n".join(failed.values()))
+        raise SystemExit("\n".join(f"error: {name}: {why}" for name, why in failed.items()))
 
 
 if __name__ == "__main__":

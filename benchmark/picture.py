@@ -15,14 +15,14 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from watch import agent_color, draw_landmarks, load_team
+from watch import agent_color, draw_landmarks, load_team, stop
 
 
 @dataclass
 class Args:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories on the particle environments, a row of panels for each"""
-    out: Path = Path("benchmark/figures/team.png")
+    out: Path = Path("team.png")
     """picture to write"""
     episodes: int = 4
     """panels in a row"""
@@ -43,6 +43,8 @@ def main(args: Args) -> None:
     for run_dir, panels in zip(args.run_dirs, axes, strict=True):
         team = load_team(run_dir, columns, args.seed)
         env, policy = team.env, team.policy
+        if not hasattr(env, "landmarks"):
+            stop(f"{run_dir} is not a run on the particle environments")
         torch.manual_seed(team.seed)
         obs, path, returns = env.reset(team.seed), [env.pos], 0.0
         for _ in range(env.horizon):
@@ -59,9 +61,13 @@ def main(args: Args) -> None:
                 panel.add_patch(plt.Circle(end, env.size[agent], color=color, alpha=0.8, zorder=3))
             name = f"{env.task} {team.settings['quality']}"
             panel.set_title(f"{name}, return {returns[k]:.0f}", fontsize=8)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    print(args.out)
+    out = args.out.expanduser()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except Exception as problem:
+        stop(f"{out} cannot be written: {problem}")
+    print(ascii(str(out)))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def shown(number: float, digits: int = 3) -> str:
 def markdown(rows, header=None) -> str:
     """A table in Markdown."""
     plain = {"index": False, "disable_numparse": True, "stralign": None}
-    return pd.DataFrame(rows, columns=header).to_markdown(**plain)
+    return re.sub("-{3,}", " --- ", pd.DataFrame(rows, columns=header).to_markdown(**plain))
 
 
 def machine_line(grid: str) -> str:
@@ -265,6 +265,8 @@ def cost_rows(kind: str, part: str | None = None) -> pd.DataFrame:
     rows["name"] = rows.method.map(cost_name)
     if part is None:
         return rows
+    if part not in set(rows.part):
+        raise FileNotFoundError(f"efficiency_{kind}.csv has no part {part}")
     rows = rows[rows.part == part].set_index("method")
     times = rows.updates_per_second["om2p"] / rows.updates_per_second
     return rows.assign(time=times, memory=rows.memory_mib / rows.memory_mib["om2p"])
@@ -361,10 +363,16 @@ def time_figure():
     return draw.time_curves(read("mpe_curves.csv"), times, scores)
 
 
+def growth_figure(kind: str):
+    """Time of an update against sizes, and against steps in the part `default`, which it needs."""
+    cost_rows(kind, "default")
+    return draw.cost_growth(cost_rows(kind))
+
+
 FIGURES = {"learning_curves": curves_figure, "averages": averages_figure, "score_time": time_figure}
 for kind in ("cpu", "cuda_compiled"):
     FIGURES[f"cost_{kind}"] = lambda kind=kind: draw.cost_bars(cost_rows(kind, "equal"))
-    FIGURES[f"growth_{kind}"] = lambda kind=kind: draw.cost_growth(cost_rows(kind))
+    FIGURES[f"growth_{kind}"] = partial(growth_figure, kind)
 
 
 def main() -> None:

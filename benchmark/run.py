@@ -13,6 +13,7 @@ requirements-ray.txt`): `local` starts one here, `auto` finds one. All its machi
 folder, --run-dir and --data-dir under the same paths.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -37,9 +38,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from card import describe  # noqa: E402
-
-import om2p_mamujoco  # noqa: E402
-import om2p_mpe  # noqa: E402
 
 TASKS, CHEETAH = ("simple_spread", "simple_tag", "simple_world"), "HalfCheetah-2x3"
 QUALITIES = ("expert", "medium", "medium-replay", "random")
@@ -199,7 +197,7 @@ def run(cells: list[Cell], args: Args) -> tuple[pd.DataFrame, pd.DataFrame]:
     returns = np.load(folder / "final_returns.npy").reshape(len(cells), -1).mean(axis=1).tolist()
     history, rows, curves = pd.read_csv(folder / "metrics.csv"), [], []
     for cell, final in zip(cells, returns, strict=True):
-        module = om2p_mpe if cell.task in TASKS else om2p_mamujoco
+        module = importlib.import_module(f"om2p_{suite(cell.task)}")  # MuJoCo may be missing
         _, data = describe(args.data_dir / cell.task / cell.quality / f"seed_{cell.seed}_data")
         score = partial(module.normalized_score, cell.task)
         curve = history[history.seed == cell.seed]

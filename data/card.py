@@ -49,7 +49,7 @@ class Args:
 def map_array(path: Path, flat: bool = False) -> np.ndarray:
     """Map one .npy file of numbers: (T, dim), or (T,) where flat, for which (T, 1) is as good."""
     with fail_as(f"{path} cannot be used"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind not in "biuf":
             raise ValueError("it holds other things than numbers")
         if flat and array.shape[1:] == (1,):

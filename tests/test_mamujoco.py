@@ -1,8 +1,6 @@
 """MaMuJoCo against plain gymnasium robots, padded teams, and the datasets that are collected."""
 
 import importlib
-import json
-from types import SimpleNamespace
 
 import collect_mamujoco
 import gymnasium
@@ -12,7 +10,6 @@ import torch
 from conftest import POLICIES, refusal
 from numpy.testing import assert_allclose, assert_array_equal
 
-import om2p_mamujoco
 from om2p_mamujoco import MaMuJoCo, normalized_score
 
 # HalfCheetah-2x3 in the public data: (qpos, qvel) of foot, shin and thigh, as indices of qpos and
@@ -214,48 +211,6 @@ def collect(folder, task="Reacher-2x1", quality="random", transitions=500, seed=
     return card, {path.stem: np.load(path) for path in folder.glob("*.npy")}
 
 
-def test_collected_files(tmp_path):
-    """OMAR's files, float32; every agent's own widths; episodes that go on from row to row."""
-    card, files = collect(tmp_path, transitions=1_025)
-    shapes = {"obs": [(3,), (6,)], "acs": [(1,)] * 2, "rews": [()] * 2, "dones": [()] * 2}
-    shapes["next_obs"] = shapes["obs"]
-    assert {name: (array.shape, array.dtype) for name, array in files.items()} == {
-        f"{name}_{i}": ((1_025, *shape[i]), np.float32)
-        for name, shape in shapes.items()
-        for i in (0, 1)
-    }
-    for i in (0, 1):
-        goes_on = (files[f"next_obs_{i}"][:-1] == files[f"obs_{i}"][1:]).all(axis=-1)
-        assert_array_equal(goes_on, np.arange(1, 1_025) % 50 != 0)
-        assert not files[f"dones_{i}"].any()
-    returns = files["rews_0"][:1_000].reshape(20, 50).sum(axis=-1)
-    assert card["return mean"] == pytest.approx(returns.mean(), abs=0.01)
-    assert json.loads((tmp_path / "Reacher-2x1/random/seed_0_data/card.json").read_text()) == card
-
-
-def test_falls_are_recorded(tmp_path):
-    """`dones` is 1 in the row in which Hopper falls, and the next row starts an episode."""
-    _, files = collect(tmp_path, "Hopper-3x1")
-    done = files["dones_0"].astype(bool)
-    assert 5 < done.sum() < 100
-    obs, next_obs = (
-        np.concatenate([files[f"{name}_{i}"] for i in range(3)], axis=1)
-        for name in ("obs", "next_obs")
-    )
-    assert_array_equal((next_obs[:-1] == obs[1:]).all(axis=-1), ~done[:-1])
-
-
-def test_same_seed_same_bytes(tmp_path):
-    """A seed decides every byte; another seed changes states, actions and rewards."""
-    _, one = collect(tmp_path / "1", seed=3)
-    torch.rand(7)
-    _, two = collect(tmp_path / "2", seed=3)
-    _, other = collect(tmp_path / "3", seed=4)
-    for name, array in one.items():
-        assert array.tobytes() == two[name].tobytes()
-        assert name.startswith("dones") or not np.array_equal(array, other[name])
-
-
 @pytest.mark.parametrize(
     ("quality", "public"), [("random", -284.0), ("medium", 1568.9), ("expert", 3568.8)]
 )
@@ -263,18 +218,3 @@ def test_returns_are_near_the_public_ones(quality, public, tmp_path):
     """By ten episodes; the public ones are from OMAR, medium's from OG-MARL's card."""
     card, _ = collect(tmp_path, "HalfCheetah-2x3", quality, 10_000)
     assert card["return mean"] == pytest.approx(public, rel=0.2)
-
-
-def test_evaluation_starts_where_no_data_do(tmp_path):
-    """With the dataset's seed, no evaluation episode begins as a recorded one."""
-    _, files = collect(tmp_path, seed=3)
-    seen = []
-
-    def act(obs):
-        seen.append(obs.numpy().copy())
-        return torch.zeros(*obs.shape[:-1], 1)
-
-    om2p_mamujoco.evaluate(SimpleNamespace(act=act), [MaMuJoCo("Reacher-2x1", 20)], [3])
-    recorded = {tuple(obs) for obs in files["obs_1"][::50]}
-    assert len(recorded) == 10
-    assert not recorded & {tuple(obs[:6]) for obs in seen[0][1]}

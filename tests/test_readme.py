@@ -70,13 +70,6 @@ def test_links_and_pictures_exist(page):
         assert not heading or heading in anchors(file.read_text())
 
 
-def test_tables_are_those_of_the_results():
-    """benchmark/report.py would write the tables that are there."""
-    for name, table in load("benchmark/report.py").tables().items():
-        place = f"<!-- table {name} -->\n{table}\n<!-- end -->"
-        assert sum(text.count(place) for text in PAGES.values()) == 1
-
-
 def test_line_counts():
     """The table of scripts tells the length of each."""
     rows = re.findall(r"^\| \[`([^`]+)`\].*\| (\d+) \|$", README, flags=re.M)

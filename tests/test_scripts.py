@@ -114,8 +114,7 @@ def assert_same_results(one, two):
     """Two runs have the same weights, bit for bit, and the same curves and final returns."""
     torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=0)
     assert metrics(one) == metrics(two)
-    returns = [np.load(folder / "final_returns.npy") for folder in (one, two)]
-    np.testing.assert_array_equal(*returns)
+    np.testing.assert_array_equal(*(np.load(path / "final_returns.npy") for path in (one, two)))
 
 
 ONE_BY_ONE = """
@@ -297,7 +296,8 @@ def test_signal_loses_nothing(number, mpe, tmp_path):
 
     After SIGINT, which is Ctrl-C, its one line names --resume.
     """
-    changes, folder = {"num_updates": 100, "eval_interval": 10}, mpe.folder(tmp_path / "stopped")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    changes, folder = {"num_updates": 200, "eval_interval": 20}, mpe.folder(tmp_path / "stopped")
     command = [sys.executable, mpe.path, *mpe.flags(**changes, run_dir=tmp_path / "stopped")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (folder / "checkpoint.pt").exists() and process.poll() is None:

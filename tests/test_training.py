@@ -29,9 +29,8 @@ def train(make_data, tmp_path):
 
     def run(**settings):
         run_dir = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        om2p_mpe.train(
-            Args(**TINY | {"data_dir": tmp_path / "data", "run_dir": run_dir} | settings)
-        )
+        places = {"data_dir": tmp_path / "data", "run_dir": run_dir}
+        om2p_mpe.train(Args(**TINY | places | settings))
         return networks(run_dir)
 
     return run
@@ -41,8 +40,8 @@ def networks(run_dir) -> dict:
     """What the only checkpoint under a --run-dir holds: the step, and the networks' weights."""
     (path,) = run_dir.rglob("checkpoint.pt")
     saved = torch.load(path, weights_only=True)
-    names = ("policy", "critic", "target_critic")
-    return {"step": saved["step"]} | dict(zip(names, saved["parts"], strict=False))
+    names, parts = ("step", "policy", "critic", "target_critic"), [saved["step"], *saved["parts"]]
+    return dict(zip(names, parts, strict=False))
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -85,8 +84,8 @@ def test_compiled_run_is_the_plain_one(make_data, tmp_path):
     subprocess.run([*command, "--device", "cpu"], check=True)
     plain = ["--no-compile", "--device", "cpu"]
     bc_mpe.train(tyro.cli(bc_mpe.Args, args=[*line, str(tmp_path / "two"), *plain]))
-    one, two = (networks(tmp_path / name)["policy"] for name in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    final = [networks(tmp_path / name)["policy"] for name in ("one", "two")]
+    torch.testing.assert_close(*final, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,16 +1,19 @@
 """tools/watch.py: it builds every script's team from a run directory, and writes films."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import export
 import imageio
 import numpy as np
 import pytest
 import torch
 import watch
-from conftest import POLICIES, refusal
+from conftest import POLICIES, ROOT, refusal
+from test_readme import LINE
 
 TINY = {"num_updates": 2, "eval_episodes": 2, "batch_size": 16, "hidden_dims": (16,)}
 TINY |= {"device": "cpu", "compile": False}
@@ -64,14 +67,20 @@ def test_padding_is_masked(train):
     assert torch.equal(team.policy.act(obs, noise), policy.act(obs, noise))
 
 
-def test_film_of_particles(train, tmp_path, capsys):
+def test_film_of_particles(train, tmp_path, capsys, monkeypatch):
     """26 pictures of four episodes; things move; the last line gives the returns."""
-    run_dir, out = train("om2p", "simple_tag")[0], tmp_path / "films/team.gif"
-    watch.main(watch.Args(run_dir, out, size=60))
+    run_dir, out = train("om2p", "simple_tag")[0], tmp_path / "größe/team.gif"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    watch.main(watch.Args(run_dir, Path("~/größe/team.gif"), size=60))
     frames = np.stack(imageio.mimread(out))
     assert frames.shape[:3] == (26, 60, 240)
     assert (frames[0] != frames[-1]).any()
-    assert "simple_tag, 25 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert "'simple_tag', 25 steps" in printed
+    (tmp_path / "file").write_text("")
+    args = watch.Args(run_dir, tmp_path / "file/team.gif", size=9, steps=1)
+    assert "cannot be written" in refusal(watch.main, args)
 
 
 def test_film_of_a_robot(train, tmp_path):
@@ -88,11 +97,62 @@ def test_film_of_a_robot(train, tmp_path):
     assert (frames[0] != frames[-1]).any()
 
 
-def test_no_renderer_is_one_line(monkeypatch):
-    """Where neither EGL nor OSMesa works, it says so."""
+def test_no_renderer_is_one_line(train, tmp_path, monkeypatch):
+    """Where neither EGL nor OSMesa works, MuJoCo takes its default; if this fails, it says so."""
     monkeypatch.setattr(watch.os, "environ", {})
     monkeypatch.setattr(watch.sys, "executable", "/bin/false")
-    assert "EGL" in refusal(watch.choose_renderer)
+    monkeypatch.setattr("mujoco.Renderer", None)
+    args = watch.Args(train("om2p", "Reacher-2x1")[0], tmp_path / "team.gif")
+    assert "libegl1" in refusal(watch.main, args)
+    assert not watch.os.environ
+
+
+MPE2 = """def make_env(task: str):
+    from mpe2 import simple_spread_v3
+
+    return simple_spread_v3.parallel_env(max_cycles=5, continuous_actions=True), 5
+
+
+class"""
+
+
+@pytest.mark.parametrize("name", ["line", "mpe2"])
+def test_another_environment(name, tmp_path, capsys):
+    """A run of a script with another environment is watched, if it can be drawn, and exported."""
+    if name == "line":  # the region `mpe` is another, as in tests/test_readme.py
+        script = (ROOT / "om2p_mpe.py").read_text()
+        script = re.sub(r"    for env in envs if .*\n.*prey_policy.*\n", "", script)
+        script = re.sub(r"(?s)# region mpe\n.*# endregion mpe\n", lambda _: LINE, script)
+    else:
+        script = (ROOT / "om2p_mamujoco.py").read_text()
+        script = re.sub(r"(?s)def make_env.*?\n\n\nclass", lambda _: MPE2, script)
+    path = tmp_path / f"{name}.py"
+    path.write_text(script)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    env = (module.MPE if name == "line" else module.MaMuJoCo)(name, 1)
+    folder = tmp_path / "data" / name / "expert" / "seed_0_data"
+    folder.mkdir(parents=True)
+    for i in range(env.num_agents):
+        for key, file in module.FILES.items():
+            width = {"action": env.action_dims, "obs": env.obs_dims, "next_obs": env.obs_dims}
+            np.save(folder / f"{file}_{i}.npy", np.zeros((25, width.get(key, [1] * 9)[i])))
+    places = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
+    policy, _ = module.train(module.Args(task=name, **TINY, **places))
+    run_dir, film = tmp_path / f"runs/{name}-expert/{name}/seed-0", tmp_path / "team.gif"
+    export.main(export.Args(run_dir, tmp_path / "team.pt2"))
+    team, obs = export.Team(tmp_path / "team.pt2"), torch.randn(env.num_agents, max(env.obs_dims))
+    noise = torch.randn(env.num_agents, max(env.action_dims))
+    expected = policy.act(obs[:, None], noise[:, None])[:, 0].detach()
+    torch.testing.assert_close(team(obs, noise), expected)
+    assert team.action_low[0][0] == (-1 if name == "line" else 0)
+    if name == "line":
+        assert "'line' cannot be drawn" in refusal(watch.main, watch.Args(run_dir, film))
+    else:
+        watch.main(watch.Args(run_dir, film, size=60, every=1))
+        assert len(imageio.mimread(film)) == 6
+        assert "'mpe2', 5 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"out": Path("team.avi")}, {"steps": 0}, {"seed": -1}])
@@ -108,7 +168,7 @@ def test_unplayable_runs(train, tmp_path, monkeypatch):
     args = watch.Args(run_dir, tmp_path / "team.gif")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install -r requirements-dev.txt" in refusal(watch.main, args)
-    (run_dir / "om2p_mpe.py").write_text("class MPE:\n    pass\n")
+    (run_dir / "om2p_mpe.py").write_text("def train(args):\n    pass\n")
     assert "this version" in refusal(watch.load_team, run_dir, 2)
     (run_dir / "policy.pt").write_bytes(b"x")
     assert "finished run" in refusal(watch.load_team, run_dir, 2)

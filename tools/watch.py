@@ -3,9 +3,10 @@
     python tools/watch.py runs/simple_tag-expert/om2p_mpe/seed-0 --out team.gif
 
 Policy and environment come from the run's own copy of its script. The particle environments are
-drawn with matplotlib, four episodes side by side: targets and solid obstacles are grey, food is
-green, forests are light green, the prey is red. MuJoCo renders one episode off screen, by EGL or
-OSMesa, whichever works. MP4 needs `pip install imageio-ffmpeg`.
+drawn with matplotlib, four episodes side by side: targets are black, solid obstacles grey, food
+green, forests light green, the prey red; who leaves the picture waits at its edge. MuJoCo renders
+one episode off screen, by EGL or OSMesa, whichever works, each agent's joints in its colour. Other
+environments show themselves by `render()`. MP4 needs `pip install imageio-ffmpeg`.
 """
 
 import importlib.util
@@ -42,44 +43,49 @@ class Args:
     """where the prey is, if not in the --data-dir of the run"""
 
 
+WRITING = {"xycoords": "axes fraction", "fontsize": 4.5}
+
+
 def stop(message: str):
     """End the program with one line on stderr and exit status 1."""
     raise SystemExit(f"error: {message}".splitlines()[0])
 
 
 def choose_renderer() -> None:
-    """Set MUJOCO_GL to what can draw on this machine, unless it is set."""
-    if "MUJOCO_GL" in os.environ:
-        return
+    """Set MUJOCO_GL to what can draw on this machine, unless it is set or neither can."""
     test = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-    for name in ("egl", "osmesa"):
-        os.environ["MUJOCO_GL"] = name
-        if not subprocess.run([sys.executable, "-c", test], capture_output=True).returncode:
+    for name in () if "MUJOCO_GL" in os.environ else ("egl", "osmesa"):
+        setting = {**os.environ, "MUJOCO_GL": name}
+        command = [sys.executable, "-c", test]
+        if not subprocess.run(command, env=setting, capture_output=True).returncode:
+            os.environ["MUJOCO_GL"] = name
             return
-    stop("MuJoCo can draw neither by EGL nor by OSMesa here: apt install libegl1 or libosmesa6")
 
 
-def load_team(run_dir: Path, num_episodes: int, seed: int | None = None, data_dir=None):
+def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_dir=None):
     """The environment of a run, K episodes at once, and its trained policy.
 
-    Both come from the run's own script; the team is that of `seed`, by default of the first one.
+    Both come from the run's own script, whose environment may be another than this project's. The
+    team is that of `seed`, by default of the first one; K is 4, or 1 on MuJoCo, if not given.
     """
+    run_dir = run_dir.expanduser()
     try:
         settings = json.loads((run_dir / "args.json").read_text())
-        (script,) = run_dir.glob("*.py")
+        (script,) = (x for x in run_dir.glob("*.py") if "def train(" in x.read_text("utf-8"))
         weights = torch.load(run_dir / "policy.pt", map_location="cpu", weights_only=True)
     except Exception as problem:
         stop(f"{run_dir} is not the directory of a finished run: {problem}")
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
+    sys.path.append(os.getcwd())  # where a user's script may have its environment from
     try:
         spec.loader.exec_module(module)
         task, first, count = (settings[key] for key in ("task", "seed", "num_seeds"))
         seed = first if seed is None else seed
-        suite = "MaMuJoCo" if hasattr(module, "MaMuJoCo") else "MPE"
-        env = getattr(module, suite)(task, num_episodes, seed)
-        if task in ("simple_tag", "simple_world"):
-            data_dir = Path(data_dir or settings["data_dir"])
+        suite, episodes = ("MaMuJoCo", 1) if hasattr(module, "MaMuJoCo") else ("MPE", 4)
+        env = getattr(module, suite)(task, num_episodes or episodes)
+        if task in ("simple_tag", "simple_world") and hasattr(module, "load_prey"):
+            data_dir = Path(data_dir or settings["data_dir"]).expanduser()
             env.prey_policy = module.load_prey(data_dir / task / "prey.npz")
         sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
         policy_class = get_type_hints(module.train)["return"].__args__[0]
@@ -101,12 +107,10 @@ def draw_landmarks(panel, module, env, k: int) -> None:
     """Draw the targets, or obstacles, food and forests, of one particle world."""
     from matplotlib.patches import Circle
 
+    colors = {module.TARGET: "0.2", module.FOOD: "tab:green", module.FOREST: "palegreen"}
     for place, size in zip(env.landmarks[k], env.landmark_size, strict=True):
-        color = {module.FOOD: "tab:green", module.FOREST: "palegreen"}.get(size, "0.75")
-        style = {"color": color, "zorder": 1}
-        if env.task == "simple_spread":  # targets are smaller than the agents that cover them
-            style = {"color": "0.2", "zorder": 4}
-        panel.add_patch(Circle(place, size, **style))
+        above = 4 if size == module.TARGET else 1  # they are smaller than the agents on them
+        panel.add_patch(Circle(place, size, color=colors.get(size, "0.75"), zorder=above))
     panel.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[], aspect="equal")
 
 
@@ -115,75 +119,118 @@ def agent_color(module, agent: int) -> str:
     return "tab:red" if agent == module.MPE.num_agents else f"C{(0, 1, 4)[agent]}"
 
 
-def particle_frames(team, size: int):
-    """Pictures of all episodes side by side, one now and one each time the next is asked for."""
+def draw_particles(team, panels):
+    """Draw the particle worlds of all episodes, now and whenever the next picture is wanted."""
+    from matplotlib.patches import Circle
+
+    env, bodies = team.env, {}
+    for k, panel in enumerate(panels):
+        draw_landmarks(panel, team.module, env, k)
+        for agent, radius in enumerate(env.size):
+            disc = Circle((0, 0), radius, color=agent_color(team.module, agent), zorder=2)
+            bodies[k, agent] = panel.add_patch(disc)
+    while True:
+        for index, body in bodies.items():
+            body.center = env.pos[index].clip(-1.6, 1.6)
+        yield
+
+
+def draw_robot(team, panels, size: int):
+    """The same for the robot of the first episode, rendered."""
+    import mujoco
+    from matplotlib.colors import to_rgba
+
+    robots = team.env.envs[0].unwrapped
+    robot = robots.single_agent_env.unwrapped
+    model, screen = robot.model, robot.model.vis.global_
+    for i, nodes in enumerate(robots.agent_action_partitions):
+        place, style = (0.02, 0.84 - 0.08 * i), {"color": f"C{i}", "weight": "bold"}
+        panels[0].annotate(f"agent {i}", place, **style, **WRITING)
+        for node in nodes:
+            moved = model.geom_bodyid == model.jnt_bodyid[model.actuator_trnid[node.act_ids, 0]]
+            model.geom_matid[moved], model.geom_rgba[moved] = -1, to_rgba(f"C{i}")
+    screen.offwidth = screen.offheight = max(size, screen.offwidth)
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: free
+    with mujoco.Renderer(model, size, size) as renderer:
+        while True:
+            renderer.update_scene(robot.data, camera)
+            panels[0].imshow(renderer.render())
+            yield
+
+
+def draw_other(team, panels):
+    """The same for any environment whose `render()` gives a picture, of the first episode."""
+    env = getattr(team.env, "envs", [team.env])[0]
+    getattr(env, "unwrapped", env).render_mode = "rgb_array"  # which PettingZoo's look at
+    while True:
+        panels[0].imshow(env.render())
+        yield
+
+
+def film(team, size: int):
+    """Pictures of the team, one now and one whenever the next is wanted."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    env, columns = team.env, team.env.num_episodes
-    figure, panels = plt.subplots(1, columns, figsize=(columns, 1), dpi=size, squeeze=False)
+    particles = hasattr(team.env, "landmarks")
+    columns = team.env.num_episodes if particles else 1
+    style = {"squeeze": False, "layout": "none", "subplot_kw": {"xticks": [], "yticks": []}}
+    figure, (panels,) = plt.subplots(1, columns, figsize=(columns, 1), dpi=size, **style)
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0)
-    bodies = []
-    for k, panel in enumerate(panels[0]):
-        draw_landmarks(panel, team.module, env, k)
-        panel.spines[:].set_linewidth(0.3)
-        for agent, radius in enumerate(env.size):
-            color = agent_color(team.module, agent)
-            body = panel.add_patch(plt.Circle((0, 0), radius, color=color, zorder=2))
-            bodies.append((body, k, agent))
-    while True:
-        for body, k, agent in bodies:
-            body.center = env.pos[k, agent]
+    captions = [panel.annotate("", (0.02, 0.92), zorder=5, **WRITING) for panel in panels]
+    robot = hasattr(getattr(team.env, "envs", [None])[0], "single_agent_env")
+    drawing = draw_robot(team, panels, size) if robot else draw_other(team, panels)
+    for _ in draw_particles(team, panels) if particles else drawing:
+        for panel, caption, value in zip(panels, captions, team.returns, strict=False):
+            panel.spines[:].set_linewidth(0.3)
+            caption.set_text(f"step {team.step}, return {value:.1f}")
         figure.canvas.draw()
         yield np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def robot_frames(team, size: int):
-    """Pictures of the robot of episode 0, one now and one each time the next is asked for."""
-    import mujoco
-
-    robot = team.env.envs[0].single_agent_env.unwrapped
-    camera = mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: free
-    with mujoco.Renderer(robot.model, size, size) as renderer:
-        while True:
-            renderer.update_scene(robot.data, camera)
-            yield renderer.render()
+        for image in [*panels[0].images]:
+            image.remove()
 
 
 @torch.no_grad()
 def main(args: Args) -> None:
     """Play, draw and write."""
-    if args.out.suffix not in (".gif", ".mp4"):
-        stop(f"--out {args.out} must end in .gif or .mp4")
+    out, run_dir = args.out.expanduser(), args.run_dir.expanduser()
+    if out.suffix not in (".gif", ".mp4"):
+        stop(f"--out {out} must end in .gif or .mp4")
     if min(args.steps, args.every, args.size, (args.seed or 0) + 1) < 1:
         stop("--steps, --every and --size must be 1 or more, --seed 0 or more")
-    on_mujoco = any(args.run_dir.glob("*_mamujoco.py"))
     try:  # here, since others use `load_team`
         imageio, _ = map(importlib.import_module, ("imageio", "matplotlib"))
     except ImportError as problem:
         stop(f"pip install -r requirements-dev.txt: {problem}")
-    if on_mujoco:
+    if any(b"mujoco" in path.read_bytes() for path in run_dir.glob("*.py")):
         choose_renderer()
-    team = load_team(args.run_dir, 1 if on_mujoco else 4, args.seed, args.data_dir)
-    env, draw = team.env, robot_frames if on_mujoco else particle_frames
+    team = load_team(run_dir, None, args.seed, args.data_dir)
+    env, every = team.env, args.every if hasattr(team.module, "MaMuJoCo") else 1
     torch.manual_seed(team.seed)
-    pictures = draw(team, args.size)
-    obs, returns, frames = env.reset(team.seed), 0.0, [next(pictures)]
+    obs = env.reset(team.seed)
+    team.step, team.returns, task = 0, np.zeros(obs.shape[1]), ascii(team.settings["task"])
+    pictures = film(team, args.size)
+    try:
+        frames = [next(pictures)]
+    except Exception as problem:
+        stop(f"{task} cannot be drawn (a robot needs libegl1 or libosmesa6): {problem!r}")
     for step in range(1, min(env.horizon, args.steps) + 1):
         obs, reward = env.step(team.policy.act(torch.from_numpy(obs)).numpy())
-        returns = returns + reward.mean(axis=0)
-        if not on_mujoco or step % args.every == 0:
+        team.step, team.returns = step, team.returns + reward.mean(axis=0)
+        if step % every == 0:
             frames.append(next(pictures))
+        if np.all(getattr(env, "done", False)):  # the robot lies
+            break
     pictures.close()
-    rate = 20 if on_mujoco else 10
-    timing = {"duration": 1000 / rate, "loop": 0} if args.out.suffix == ".gif" else {"fps": rate}
+    rate = 10 if every == 1 else 20
+    timing = {"duration": 1000 / rate, "loop": 0} if out.suffix == ".gif" else {"fps": rate}
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimsave(args.out, frames, **timing)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimsave(out, frames, **timing)
     except Exception as problem:
-        stop(f"{args.out} cannot be written: {problem}")
-    returns = ", ".join(f"{value:.1f}" for value in returns)
-    print(f"{args.out}: {team.settings['task']}, {step} steps, return so far {returns}")
+        stop(f"{out} cannot be written: {problem}")
+    returns = ", ".join(f"{value:.1f}" for value in team.returns)
+    print(f"{str(out)!a}: {task}, {team.step} steps, return so far {returns}")
 
 
 if __name__ == "__main__":
