@@ -48,6 +48,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from run import KEEP_MEMORY, machine, write_table  # noqa: E402
+from variants import SeparateLinear, jacobian_loss  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 18, 2
 METHODS = {  # name -> script and settings
@@ -114,40 +115,6 @@ def points(args: Args) -> list[Point]:
             found += [Point("width", method, hidden_dims=f"{width}x{width}") for width in widths]
     found = [point for point in found if point.part in args.parts]
     return [shrunk(point, args.shrink) for point in found]
-
-
-class SeparateLinear(nn.Module):
-    """`StackedLinear` of one agent as nn.Linear layers: one, or one for each of two critics."""
-
-    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(in_dim, out_dim) for _ in range(np.prod(stack)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, B, in_dim) or (2, 1, B, in_dim) -> (1, B, out_dim) or (2, 1, B, out_dim)."""
-        if len(self.layers) == 1:
-            return self.layers[0](x)
-        parts = x if x.ndim == 4 else (x, x)
-        return torch.stack([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
-
-
-def jacobian_loss(policy, obs, action, noise, r, t, *_):
-    """OM2P's loss with du/dr from the Jacobian of the whole batch, whose diagonal alone is used.
-
-    It is what the authors' release builds for its exact derivative, with the diagonal read rightly.
-    """
-    x, v = (1 - r) * noise + r * action, action - noise
-    num_agents, batch_size, action_dim = x.shape
-    u = policy(obs, x, r, t)
-    _, pullback = torch.func.vjp(lambda x, r: policy(obs, x, r, t), x.detach(), r)
-    rows = batch_size * action_dim
-    basis = torch.eye(rows, device=x.device).view(rows, 1, batch_size, action_dim)
-    with torch.no_grad():
-        du_dx, du_dr = torch.func.vmap(pullback)(basis.expand(-1, num_agents, -1, -1))
-        along = (du_dx * v).sum(dim=-1) + du_dr[..., 0]  # (B * D, N, B)
-        along = along.view(batch_size, action_dim, num_agents, batch_size)
-        along = along.diagonal(dim1=0, dim2=3).permute(1, 2, 0)  # (N, B, D)
-    return ((u - (v + (t - r) * along)) ** 2).mean(dim=(-2, -1)).sum()
 
 
 def equal_score_dims(module, hidden_dims: tuple[int, ...]) -> tuple[int, int]:

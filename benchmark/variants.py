@@ -11,6 +11,9 @@ smaller-q          the TD target takes the smaller critic's value, as in TD3, no
 conservative       the critics' loss gets the term of OMAR's and DOM2's, with its weight there
 split              the policy is the sum of two networks, one of which acts near (r, t) = (0, 1)
                    alone, of as many weights together
+
+Two more, whose cost alone is measured, by benchmark/efficiency.py: layers agent by agent, and du/dr
+from the batch's Jacobian.
 """
 
 import sys
@@ -19,7 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
@@ -136,6 +141,41 @@ CHANGES = {
     "conservative": {"critic_loss": conservative_critic_loss},
     "split": {"MeanFlowPolicy": SplitPolicy},
 }
+
+
+class SeparateLinear(nn.Module):
+    """`StackedLinear` of one agent as nn.Linear layers: one, or one for each of two critics."""
+
+    def __init__(self, stack: tuple[int, ...], in_dim: int, out_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(in_dim, out_dim) for _ in range(np.prod(stack)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, B, in_dim) or (2, 1, B, in_dim) -> (1, B, out_dim) or (2, 1, B, out_dim)."""
+        if len(self.layers) == 1:
+            return self.layers[0](x)
+        parts = x if x.ndim == 4 else (x, x)
+        return torch.stack([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
+
+
+def jacobian_loss(policy, obs, action, noise, r, t, *_):
+    """OM2P's loss with du/dr from the Jacobian of the whole batch, whose diagonal alone is used.
+
+    It is what the authors' release builds for its exact derivative, with the diagonal read rightly.
+    """
+    x, v = (1 - r) * noise + r * action, action - noise
+    num_agents, batch_size, action_dim = x.shape
+    u = policy(obs, x, r, t)
+    _, pullback = torch.func.vjp(lambda x, r: policy(obs, x, r, t), x.detach(), r)
+    rows = batch_size * action_dim
+    basis = torch.eye(rows, device=x.device).view(rows, 1, batch_size, action_dim)
+    with torch.no_grad():
+        du_dx, du_dr = torch.func.vmap(pullback)(basis.expand(-1, num_agents, -1, -1))
+        along = (du_dx * v).sum(dim=-1) + du_dr[..., 0]  # (B * D, N, B)
+        along = along.view(batch_size, action_dim, num_agents, batch_size)
+        along = along.diagonal(dim1=0, dim2=3).permute(1, 2, 0)  # (N, B, D)
+    return ((u - (v + (t - r) * along)) ** 2).mean(dim=(-2, -1)).sum()
+
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
