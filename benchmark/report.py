@@ -1,8 +1,7 @@
 """Make the tables and figures of all README.md from the files under benchmark/results/.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. The line
-counts of scripts are written, too, and figures go to benchmark/figures/. What has no results yet is
-named, and left as it is.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. Lines
+of scripts are counted, too. Figures go to benchmark/figures/. What has no results is left alone.
 """
 
 import importlib
@@ -21,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "baselines", "benchmark", "data")]
 import draw  # noqa: E402
 from card import PUBLIC_RETURNS  # noqa: E402
-from draw import NAMES  # noqa: E402
 from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
 
 PAGES = [ROOT / folder / "README.md" for folder in ("", "baselines", "benchmark")]
@@ -127,7 +125,7 @@ def suite_table(suite: str, key: str = "score", text=estimate) -> str:
         (*name.split(), mean(data[name]), *highlight(row, text))
         for name, *row in table.itertuples()
     ]
-    header = ("task", "data", f"data's {key}", *(NAMES[method] for method in table))
+    header = ("task", "data", f"data's {key}", *(draw.NAMES[method] for method in table))
     if key != "score":
         return markdown(lines, header)
     means = highlight([averages(rows, method, suite) for method in table])
@@ -162,7 +160,7 @@ def details_table() -> str:
     for method, runs in read("mpe.csv").groupby("method", sort=False):
         scores = (estimate(averages(runs, method, "mpe", key)) for key in ("score", "best_score"))
         updates = ", ".join(f"{count:,}" for count in sorted(set(runs.updates)))
-        lines.append((NAMES[method], *scores, updates, len(runs)))
+        lines.append((draw.NAMES[method], *scores, updates, len(runs)))
     header = "method", "final score", "best score during training", "updates", "runs"
     return markdown(lines, header)
 
@@ -174,7 +172,7 @@ def equal_time_table() -> str:
     updates = short.groupby("method", sort=False)["updates"].first()
     old, new = ([averages(part, key, "mpe") for key in updates.index] for part in (rows, short))
     columns = {
-        "method": updates.index.map(NAMES),
+        "method": updates.index.map(draw.NAMES),
         f"score after {updates.om2p:,} updates": highlight(old),
         "their time, OM2P = 1": (updates.om2p / updates).map("{:.2f}".format),
         "updates in OM2P's time": updates.map("{:,}".format),
@@ -211,7 +209,7 @@ def tune_table(grid: str, suite: str) -> str:
         means = highlight([[*chain(*row)] if all(row) else [] for row in part.values], mean)
         for k, (_, *pair) in enumerate(part.index):
             mark = ", the default" if is_default(method, change(*pair), suite) else ""
-            name = "" if k else NAMES[method], f"`{change(*pair)}`{mark}"
+            name = "" if k else draw.NAMES[method], f"`{change(*pair)}`{mark}"
             lines.append((*name, *map(mean, part.values[k]), means[k]))
     return markdown(lines, ("method", "changed setting", *table, "mean")) + machine_line(grid)
 
@@ -239,7 +237,7 @@ def noise_table() -> str:
     for (method, acting), row in scores.iterrows():
         spread = " / ".join(f"{spreads[method, acting, quality]:.2f}" for quality in scores)
         cells = *map(estimate, row), mean(row.map(np.mean))
-        lines.append((NAMES[method], acting, *cells, spread if "mean" in acting else "-"))
+        lines.append((draw.NAMES[method], acting, *cells, spread if "mean" in acting else "-"))
     return markdown(lines, ("method", "acting", *scores, "average", "spread of the actions"))
 
 
@@ -248,7 +246,7 @@ def frozen_critic_table() -> str:
     lines = []
     for method, runs in read("frozen_critic.csv").groupby("method", sort=False):
         name, *settings = method.split(maxsplit=1)
-        name = ", ".join([NAMES[name], *map("`{}`".format, settings)])
+        name = ", ".join([draw.NAMES[name], *map("`{}`".format, settings)])
         lines.append((name, f"{runs.linear.mean():.2f}", estimate(runs.score)))
     return markdown(lines, ("policy", "linear share", "score"))
 
@@ -256,7 +254,7 @@ def frozen_critic_table() -> str:
 def cost_name(method: str) -> str:
     """A method of benchmark/efficiency.py, as in tables: with its steps, or what is changed."""
     name, _, steps = method.partition("-")
-    return NAMES.get(method) or f"{NAMES[name]}, {steps} steps"
+    return draw.NAMES.get(method) or f"{draw.NAMES[name]}, {steps} steps"
 
 
 def cost_rows(kind: str, part: str | None = None) -> pd.DataFrame:
@@ -363,16 +361,10 @@ def time_figure():
     return draw.time_curves(read("mpe_curves.csv"), times, scores)
 
 
-def growth_figure(kind: str):
-    """Time of an update against sizes, and against steps in the part `default`, which it needs."""
-    cost_rows(kind, "default")
-    return draw.cost_growth(cost_rows(kind))
-
-
 FIGURES = {"learning_curves": curves_figure, "averages": averages_figure, "score_time": time_figure}
 for kind in ("cpu", "cuda_compiled"):
     FIGURES[f"cost_{kind}"] = lambda kind=kind: draw.cost_bars(cost_rows(kind, "equal"))
-    FIGURES[f"growth_{kind}"] = partial(growth_figure, kind)
+    FIGURES[f"growth_{kind}"] = lambda kind=kind: draw.cost_growth(cost_rows(kind))
 
 
 def main() -> None:
