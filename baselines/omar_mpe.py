@@ -65,9 +65,9 @@ class Args:
     data_dir: Path = Path("data")
     """folder of the datasets, <data-dir>/<task>/<quality>/seed_<n>_data/"""
     run_dir: Path = Path("runs")
-    """outputs go to <run-dir>/<task>-<quality>/<script>[-<name>]/seed-<n>/"""
+    """outputs go to <run-dir>/<task>-<quality>/<script>/seed-<n>/"""
     name: str = ""
-    """appended to the script's name in that path, to keep the runs of a sweep apart"""
+    """if given, <script>-<name> in that path, to keep the runs of a sweep apart"""
     resume: bool = False
     """go on from the run's checkpoint, or start if it has none"""
     # endregion args

@@ -331,10 +331,10 @@ def test_resume_with_other_settings(mpe, tmp_path):
 def test_second_process_is_refused(mpe, tmp_path):
     """Who trains in a run directory has it alone; another is told so, and changes nothing."""
     folder = mpe.train(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with FileLock(folder.parent / ".seed-0.lock"):
         assert str(folder) in refusal(lambda: mpe.train(tmp_path, resume=True))
-    assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_new_run_keeps_the_old_ones(mpe, tmp_path):
