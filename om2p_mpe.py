@@ -148,7 +148,7 @@ class MeanFlowPolicy(nn.Module):
         return self.net(torch.cat([obs, x, r, t], dim=-1))
 
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """noise + u(noise, 0, 1), clipped to [-1, 1]: (N, B, obs_dim) -> (N, B, action_dim)."""
+        """noise + u(noise, 0, 1) in [-1, 1]; padding 0: (N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
             noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
@@ -169,9 +169,9 @@ def sample_times(shape, alpha: float, beta: float, flow_ratio: float, device="cp
 def mean_flow_loss(policy, obs, action, noise, r, t, delta=0.1, derivative="finite-difference"):
     """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025).
 
-    du/dr follows the path: r moves at speed 1, x at v, and t stands still. OM2P estimates it by the
-    difference to the network's value a step delta further. Shapes as in `forward`; the loss is the
-    mean over batch and action components, and the sum over agents.
+    du/dr follows the path: r moves at speed 1, x at v, and t stands still. OM2P estimates it by a
+    difference quotient, whose second value of u is a step delta further. Shapes as in `forward`;
+    the loss is the mean over batch and action components, and the sum over agents.
     """
     x, v = (1 - r) * noise + r * action, action - noise
     u = policy(obs, x, r, t)

@@ -7,8 +7,10 @@ all of them, byte for byte (test_regions.py), and is tested on OM2P's two, or on
 import csv
 import importlib.util
 import json
+import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -335,6 +337,24 @@ def test_second_process_is_refused(mpe, tmp_path):
     with FileLock(folder.parent / ".seed-0.lock"):
         assert str(folder) in refusal(lambda: mpe.train(tmp_path, resume=True))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("streams", ["", "2>&-", ">&- 2>&-"])
+def test_any_terminal_and_folder(streams, mpe, tmp_path):
+    """A run ends well without output or with an ASCII one, in a home folder of another alphabet."""
+    (home := tmp_path / "läufe").mkdir()
+    line = shlex.join([sys.executable, str(mpe.path), *mpe.flags(run_dir="~/runs")])
+    environment = os.environ | {"HOME": str(home), "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run(f"{line} {streams}", shell=True, env=environment).returncode == 0
+    assert (mpe.folder(home / "runs") / "final_returns.npy").exists()
+
+
+def test_constant_rewards(mpe, data, tmp_path):
+    """Rewards that are all -1 teach nothing, and are not blown up to where training diverges."""
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    for path in folder.rglob("rews_*.npy"):
+        np.save(path, np.full_like(np.load(path), -1))
+    mpe.train(tmp_path, data_dir=folder, num_updates=100, eval_interval=100)
 
 
 def test_new_run_keeps_the_old_ones(mpe, tmp_path):
