@@ -16,7 +16,7 @@ Differences from the paper: 1. the step k enters as its sinusoidal embedding, wi
 network of its own; 2. the slow copy of the policy moves at every update, from the first one;
 3. evaluation draws one action, where the authors' code draws 50 and takes one by its Q;
 4. networks, step sizes and batches are those of om2p_mamujoco.py (GELU, not Mish; layer norm in
-the critics); 5. gradients are not clipped (the code: to norm 1).
+the critics); 5. gradients are not clipped (the code: to norm 1 to 10).
 
 Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
 E critics, K episodes or steps, T transitions.
