@@ -31,7 +31,10 @@ def make_networks(policy_class, widths, activation, norm=None):
 
 
 def check_critics(name, policy, critics, aggregate=torch.amin, scale=1.0, term=lambda q: 0):
-    """Targets, losses and gradients; `scale` is ours by the authors', `term` is added to ours."""
+    """Targets, losses and gradients; `scale` is ours by the authors', `term` is added to ours.
+
+    `Critic` and `critic_loss` are the same in every script (test_regions.py).
+    """
     with patch.object(F, "mse_loss", wraps=F.mse_loss) as mse_loss:
         loss, q = td3_bc.critic_loss(*critics, policy, make_batch(), made_up.GAMMA, aggregate)
     same(mse_loss.call_args.args[1][0], theirs(name, "target"))
