@@ -191,6 +191,14 @@ def conservative_term(critic, policy, batch: dict, q: Tensor, args: Args) -> Ten
     return (others.logsumexp(dim=1) - q).mean(dim=-1).sum()
 
 
+# region first_critic
+def first(critic):
+    """The first of the twin critics: (N, B, obs_dim), (N, B, action_dim) -> Q_1 as (1, N, B)."""
+    weights = {name: weight[:1] for name, weight in critic.named_parameters()}
+    return lambda *inputs: torch.func.functional_call(critic, weights, inputs)
+
+
+# endregion first_critic
 # region omar
 @torch.no_grad()
 def search(critic, policy, obs: Tensor, action: Tensor, args: Args) -> Tensor:
@@ -214,11 +222,11 @@ def search(critic, policy, obs: Tensor, action: Tensor, args: Args) -> Tensor:
 
 def policy_loss(policy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """omar_coe || a_pi - a* ||^2 - (1 - omar_coe) E[Q_1(o, a_pi)] + 1e-3 E[a_pi^2], over agents."""
-    obs = batch["obs"]
+    obs, critic = batch["obs"], first(critic)
     action = policy.act(obs)
     best = search(critic, policy, obs, action.detach(), args) if args.omar_coe > 0 else action
     mimic = F.mse_loss(action, best, reduction="none").mean(dim=(1, 2)).sum()
-    q = critic(obs, action)[0]  # (2, N, B) -> (N, B)
+    q = critic(obs, action)[0]  # (N, B)
     small = action.square().mean(dim=(1, 2)).sum()
     loss = args.omar_coe * mimic - (1 - args.omar_coe) * q.mean(dim=-1).sum() + 1e-3 * small
     return loss, {"mimic": mimic.detach(), "policy_q": q.detach().mean()}

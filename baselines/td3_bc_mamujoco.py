@@ -138,12 +138,20 @@ class DeterministicPolicy(nn.Module):
 
 
 # endregion deterministic
+# region first_critic
+def first(critic):
+    """The first of the twin critics: (N, B, obs_dim), (N, B, action_dim) -> Q_1 as (1, N, B)."""
+    weights = {name: weight[:1] for name, weight in critic.named_parameters()}
+    return lambda *inputs: torch.func.functional_call(critic, weights, inputs)
+
+
+# endregion first_critic
 # region td3_bc
 def policy_loss(policy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """|| a_pi - a ||^2 - q_weight E[Q_1(o, a_pi)] / sg(E|Q_1|), sum over agents."""
     action = policy.act(batch["obs"])
     clone = F.mse_loss(action, batch["action"], reduction="none").mean(dim=(1, 2)).sum()
-    q = critic(batch["obs"], action)[0]  # (2, N, B) -> (N, B)
+    q = first(critic)(batch["obs"], action)[0]  # (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     loss = clone - args.q_weight * q_term
     return loss, {"clone": clone.detach(), "policy_q": q.detach().mean()}
