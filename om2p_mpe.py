@@ -113,6 +113,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # several times as fast as the product with one column
+            return (x * self.weight.mT).sum(dim=-1, keepdim=True) + self.bias
         return x @ self.weight + self.bias
 
 
@@ -506,13 +508,11 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        losses |= {"policy": loss.detach(), **logs}
 
-        # Target critic
-        with torch.no_grad():
-            targets, sources = (list(net.parameters()) for net in (target_critic, critic))
-            torch._foreach_lerp_(targets, sources, args.tau)
-        return losses
+        # Target critic: neither it nor the critic requires gradients here
+        targets, sources = (list(net.parameters()) for net in (target_critic, critic))
+        torch._foreach_lerp_(targets, sources, args.tau)
+        return losses | {"policy": loss.detach(), **logs}
 
     parts = [policy, critic, target_critic, policy_optimizer, critic_optimizer, policy_schedule]
     # endregion update

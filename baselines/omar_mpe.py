@@ -119,6 +119,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # several times as fast as the product with one column
+            return (x * self.weight.mT).sum(dim=-1, keepdim=True) + self.bias
         return x @ self.weight + self.bias
 
 
@@ -174,6 +176,14 @@ def conservative_term(critic, policy, batch: dict, q: Tensor, args: Args) -> Ten
 
 
 # endregion conservative
+# region first_critic
+def first(critic):
+    """The first of the twin critics: (N, B, obs_dim), (N, B, action_dim) -> Q_1 as (1, N, B)."""
+    weights = {name: weight[:1] for name, weight in critic.named_parameters()}
+    return lambda *inputs: torch.func.functional_call(critic, weights, inputs)
+
+
+# endregion first_critic
 # region omar
 @torch.no_grad()
 def search(critic, policy, obs: Tensor, action: Tensor, args: Args) -> Tensor:
@@ -197,11 +207,11 @@ def search(critic, policy, obs: Tensor, action: Tensor, args: Args) -> Tensor:
 
 def policy_loss(policy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """omar_coe || a_pi - a* ||^2 - (1 - omar_coe) E[Q_1(o, a_pi)] + 1e-3 E[a_pi^2], over agents."""
-    obs = batch["obs"]
+    obs, critic = batch["obs"], first(critic)
     action = policy.act(obs)
     best = search(critic, policy, obs, action.detach(), args) if args.omar_coe > 0 else action
     mimic = F.mse_loss(action, best, reduction="none").mean(dim=(1, 2)).sum()
-    q = critic(obs, action)[0]  # (2, N, B) -> (N, B)
+    q = critic(obs, action)[0]  # (N, B)
     small = action.square().mean(dim=(1, 2)).sum()
     loss = args.omar_coe * mimic - (1 - args.omar_coe) * q.mean(dim=-1).sum() + 1e-3 * small
     return loss, {"mimic": mimic.detach(), "policy_q": q.detach().mean()}
@@ -514,14 +524,13 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        losses |= {"policy": loss.detach(), **logs}
 
         # Target networks
         with torch.no_grad():
             targets = [*target_policy.parameters(), *target_critic.parameters()]
             sources = [*policy.parameters(), *critic.parameters()]
             torch._foreach_lerp_(targets, sources, args.tau)
-        return losses
+        return losses | {"policy": loss.detach(), **logs}
 
     parts = [policy, critic, target_policy, target_critic]
     parts += [policy_optimizer, critic_optimizer, policy_schedule]

@@ -103,6 +103,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # several times as fast as the product with one column
+            return (x * self.weight.mT).sum(dim=-1, keepdim=True) + self.bias
         return x @ self.weight + self.bias
 
 
@@ -135,12 +137,20 @@ class DeterministicPolicy(nn.Module):
 
 
 # endregion deterministic
+# region first_critic
+def first(critic):
+    """The first of the twin critics: (N, B, obs_dim), (N, B, action_dim) -> Q_1 as (1, N, B)."""
+    weights = {name: weight[:1] for name, weight in critic.named_parameters()}
+    return lambda *inputs: torch.func.functional_call(critic, weights, inputs)
+
+
+# endregion first_critic
 # region td3_bc
 def policy_loss(policy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """|| a_pi - a ||^2 - q_weight E[Q_1(o, a_pi)] / sg(E|Q_1|), sum over agents."""
     action = policy.act(batch["obs"])
     clone = F.mse_loss(action, batch["action"], reduction="none").mean(dim=(1, 2)).sum()
-    q = critic(batch["obs"], action)[0]  # (2, N, B) -> (N, B)
+    q = first(critic)(batch["obs"], action)[0]  # (N, B)
     q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     loss = clone - args.q_weight * q_term
     return loss, {"clone": clone.detach(), "policy_q": q.detach().mean()}
@@ -451,14 +461,13 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         policy_optimizer.zero_grad()
         loss.backward()
         policy_optimizer.step()
-        losses |= {"policy": loss.detach(), **logs}
 
         # Target networks
         with torch.no_grad():
             targets = [*target_policy.parameters(), *target_critic.parameters()]
             sources = [*policy.parameters(), *critic.parameters()]
             torch._foreach_lerp_(targets, sources, args.tau)
-        return losses
+        return losses | {"policy": loss.detach(), **logs}
 
     parts = [policy, critic, target_policy, target_critic]
     parts += [policy_optimizer, critic_optimizer, policy_schedule]

@@ -13,7 +13,7 @@ agents, batch, width    one of them varied, the others at 3, 256 and two layers 
 
 Writes benchmark/results/efficiency_<cpu or cuda>[_compiled].csv, a row for every point, and .json
 with the machine; points of the same machine and settings that are there are kept or replaced.
-Memory is that of the plain update, with or without --compile.
+Memory is that of the plain update, with or without --compile. FLOPs: of products.
 """
 
 import importlib.util

@@ -53,10 +53,23 @@ def uniform_error(values):
 # Losses by hand
 
 
-def twin(obs, action):
-    """Two hand-made critics, (..., 3), (..., 2) -> (2, ...); now one, now the other is smaller."""
-    (x, y, z), (a, b) = obs.unbind(-1), action.unbind(-1)
-    return torch.stack([x + 2 * b + a * b + 0.3, 2 * y - a - b**2 + 0.5 * z + 0.6])
+class Twin(torch.nn.Module):
+    """Two hand-made critics, (..., 3), (..., 2) -> (2, ...); now one, now the other is smaller.
+
+    As of the real ones there are as many as its parameter is long.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.each = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, obs, action):
+        (x, y, z), (a, b) = obs.unbind(-1), action.unbind(-1)
+        q = torch.stack([x + 2 * b + a * b + 0.3, 2 * y - a - b**2 + 0.5 * z + 0.6])
+        return q[: len(self.each)]
+
+
+twin = Twin()
 
 
 def acting(theta, obs):
@@ -261,6 +274,18 @@ def test_agents_do_not_couple(name):
 # OMAR and conservative critics
 
 
+@pytest.mark.parametrize("module", [td3_bc, omar])
+def test_first_critic(module):
+    """The first alone is the first of both, as is its gradient in the action, at half the cost."""
+    critic, batch = module.Critic(N, OBS_DIM, D, (8, 8)), make_batch()
+    action = batch["action"].requires_grad_()
+    q, both = module.first(critic)(batch["obs"], action), critic(batch["obs"], action)
+    assert (q.shape, both.shape) == ((1, N, B), (2, N, B))
+    torch.testing.assert_close(q[0], both[0])
+    grads = [torch.autograd.grad(value.sum(), action)[0] for value in (q, both[0])]
+    torch.testing.assert_close(*grads)
+
+
 def test_search_by_hand(monkeypatch, double):
     """Action by action: the mean weighted by a softmax, the spread around it, the last's best."""
     batch, draws, kept, real = make_batch(), [], [], torch.randn
@@ -413,13 +438,14 @@ def test_cloning(name):
     updates = {"bc": 100, "td3_bc": 100, "diffusion_ql": 600}.get(name, 300)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, updates)
-    act, q, obs = policy.act, torch.ones(2, N, 128), torch.zeros(N, 128, 1)
+    act, critic, obs = policy.act, torch.nn.Module(), torch.zeros(N, 128, 1)
+    critic.forward = lambda *_: torch.ones(2, N, 128)
     if name != "fql":  # acting is of no use in training without Q
         policy.act = lambda obs: torch.zeros(N, 128, D) if name in GENERATIVE else act(obs)
     for _ in range(updates):
         action = torch.stack([POINT.expand(128, D), MODE * torch.randn(128, 1).sign()])
         batch = {"obs": obs, "action": action}
-        loss = policy_loss(name, policy, lambda *_: q, batch, q_weight=0.0)
+        loss = policy_loss(name, policy, critic, batch, q_weight=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,8 +18,8 @@ CONSERVATIVE = {"critic", "conservative", "q_of_samples", "update_conservative"}
 METHODS = {  # exactly these, the frame, and the suite's environment and set-up
     "om2p": {"critic", "om2p", "update"},
     "bc": {"deterministic", "bc", "update_bc"},
-    "td3_bc": {"critic", "deterministic", "td3_bc", "update_with_target_policy"},
-    "omar": CONSERVATIVE | {"deterministic", "omar", "args_omar"},
+    "td3_bc": {"critic", "deterministic", "first_critic", "td3_bc", "update_with_target_policy"},
+    "omar": CONSERVATIVE | {"deterministic", "first_critic", "omar", "args_omar"},
     "diffusion_ql": {"critic", "diffusion_ql", "update_with_target_policy"},
     "dom2": CONSERVATIVE | {"dom2", "args_dom2"},
     "flow_ql": {"critic", "flow", "flow_ql", "update"},
