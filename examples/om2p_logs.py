@@ -242,6 +242,7 @@ class Team(nn.Module):
 
     Inside, observations have mean 0 and standard deviation 1, and actions reach from -1 to 1. The
     statistics are buffers (N, 1, dim); `action_half` is 0 where an action is padding or constant.
+    `obs_dims`, `action_dims` (N,) are each agent's sizes without padding.
     """
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
@@ -251,6 +252,8 @@ class Team(nn.Module):
         widths |= {"action_mid": action_dim, "action_half": action_dim}  # middle, half of the range
         for name, width in widths.items():
             self.register_buffer(name, torch.zeros(num_agents, 1, width))
+        for name in ("obs_dims", "action_dims"):
+            self.register_buffer(name, torch.zeros(num_agents, dtype=torch.long))
 
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """Actions within the log's limits: (N, B, obs_dim) -> (N, B, action_dim), in its units.
@@ -260,10 +263,12 @@ class Team(nn.Module):
         action = self.policy.act((obs - self.obs_mean) / self.obs_sd, noise)
         return self.action_mid + self.action_half * action
 
-    def fit(self, obs: Tensor, action: Tensor) -> None:
-        """Take the statistics of (N, T, obs_dim) and (N, T, action_dim)."""
-        sd, mean = torch.std_mean(obs.double(), dim=1, keepdim=True)
-        low, high = action.double().aminmax(dim=1, keepdim=True)
+    def fit(self, data: dict) -> None:
+        """Take the agents' sizes, and the statistics of obs and action, from what to train on."""
+        self.obs_dims.copy_(data["obs_dims"])
+        self.action_dims.copy_(data["action_dims"])
+        sd, mean = torch.std_mean(data["obs"].double(), dim=1, keepdim=True)
+        low, high = data["action"].double().aminmax(dim=1, keepdim=True)
         self.obs_mean.copy_(mean)
         self.obs_sd.copy_(sd.masked_fill(sd <= 1e-6 * mean.abs(), 1))  # of what never changes
         self.action_mid.copy_((high + low) / 2)
@@ -271,10 +276,11 @@ class Team(nn.Module):
         self.policy.mask.copy_(self.action_half > 0)
 
     def normalize(self, data: dict) -> dict:
-        """The same data with observations and actions as the networks have them."""
+        """A log's arrays, with observations and actions as the networks have them."""
         scaled = {key: (data[key] - self.obs_mean) / self.obs_sd for key in ("obs", "next_obs")}
         half = self.action_half.masked_fill(self.action_half == 0, 1)
-        return data | scaled | {"action": (data["action"] - self.action_mid) / half}
+        scaled |= {"action": (data["action"] - self.action_mid) / half}
+        return {key: scaled.get(key, data[key]) for key in FILES}
 
 
 @contextmanager
@@ -298,10 +304,18 @@ def read_array(path: Path, length: int | None, width: int, low: float, high: flo
     return values
 
 
-def load_team(run_dir) -> Team:
-    """The trained team of a run directory, from its policy.pt and args.json."""
+def load_team(run_dir, seed: int | None = None) -> Team:
+    """The trained team of a run directory; in a run of several seeds that of `seed`, or the first.
+
+    Raises ValueError if `seed` is not one of several.
+    """
     state = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
     settings = json.loads(Path(run_dir, "args.json").read_text())
+    count, first = settings["num_seeds"], settings["seed"]
+    k = 0 if seed is None or count == 1 else seed - first
+    if not 0 <= k < count:
+        raise ValueError(f"seed {seed} is not one of {first} to {first + count - 1}")
+    state = {key: values.chunk(count)[k] for key, values in state.items()}
     num_agents, _, obs_dim = state["obs_mean"].shape
     team = Team(num_agents, obs_dim, state["action_mid"].shape[-1], settings["hidden_dims"])
     team.load_state_dict(state)
@@ -312,7 +326,8 @@ def load_log(folder: Path) -> dict:
     """Read {obs,acs,rews,next_obs,dones}_{i}.npy, one of each for every agent i = 0, 1, ...
 
     Returns float32 tensors in the log's units, smaller agents padded with zeros: obs, next_obs
-    (N, T, obs_dim), action (N, T, action_dim), reward, done (N, T). Bad files end the program.
+    (N, T, obs_dim), action (N, T, action_dim), reward, done (N, T); and obs_dims, action_dims (N,),
+    the agents' own sizes. Bad files end the program.
     """
     pattern = re.compile(rf"(?:{'|'.join(FILES.values())})_([0-9]+)\.npy")
     agents = [int(match[1]) for x in folder.glob("*.npy") if (match := pattern.fullmatch(x.name))]
@@ -327,14 +342,16 @@ def load_log(folder: Path) -> dict:
         limits = (0, 1) if key == "done" else (-3e38, 3e38)
         log[key].append(read_array(path, length, width, *limits))
         length = len(log["obs"][0])
+    dims = {f"{key}_dims": [x.shape[1] for x in log[key]] for key in ("obs", "action")}
     for key, values in log.items():
         width = max(x.shape[1] for x in values)
         log[key] = torch.stack([F.pad(x, (0, width - x.shape[1])) for x in values])
+    log |= {key: torch.tensor(sizes) for key, sizes in dims.items()}
     return log | {key: log[key][..., 0] for key in ("reward", "done")}
 
 
 def split_log(log: dict, share: float) -> tuple[dict, dict, str]:
-    """Part a log into the rows to train on and those of held-out episodes; also describe it.
+    """Split a log into rows to train on and rows of held-out episodes; also describe it.
 
     An episode ends where `done` is 1 for all agents, or the next row does not observe next_obs.
     Which ones are held out depends on their number alone: the same for all seeds and settings.
@@ -350,7 +367,7 @@ def split_log(log: dict, share: float) -> tuple[dict, dict, str]:
         )
     chosen = torch.randperm(K, generator=torch.Generator().manual_seed(0))[:held_out]
     is_out = torch.isin(episode, chosen)
-    parts = [{key: values[:, rows] for key, values in log.items()} for rows in (~is_out, is_out)]
+    parts = [log | {key: log[key][:, rows] for key in FILES} for rows in (~is_out, is_out)]
     text = f"{K} episodes of {lengths.min()} to {lengths.max()} steps, {held_out} held out"
     return *parts, text
 
@@ -361,7 +378,7 @@ def stack_seeds(parts: Sequence[dict], device) -> dict:
         raise SystemExit(
             "error: the seeds' logs differ in agents, sizes or episodes; train them singly"
         )
-    return {key: torch.cat([part[key] for part in parts]).to(device) for key in FILES}
+    return {key: torch.cat([part[key] for part in parts]).to(device) for key in parts[0]}
 
 
 # endregion logs
@@ -450,7 +467,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
     agents = torch.arange(num_agents, device=device)[:, None]
     sizes = num_agents, obs_dim, dataset["action"].shape[-1], args.hidden_dims
     team = Team(*sizes).to(device)
-    team.fit(dataset["obs"], dataset["action"])
+    team.fit(dataset)
     dataset, held_out = team.normalize(dataset), team.normalize(held_out)
     variance, policy = dataset["action"].var(dim=1, keepdim=True), team.policy
     # region update

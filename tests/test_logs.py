@@ -18,33 +18,39 @@ import om2p_logs
 OBS, ACTION = (10, 10, 7, 7), (3, 3, 2, 2)  # of four robots
 COLUMNS = {"obs": ("0:10", "10:20", "20:27", "27:34"), "action": ("0:3", "3:6", "6:8", "8:10")}
 NAMES = ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"]
+OBS_UNIT, ACTION_UNIT = np.geomspace(0.1, 50, sum(OBS)), np.geomspace(50, 0.1, sum(ACTION))
 TINY = {"hidden_dims": (32,), "batch_size": 64, "num_updates": 6, "eval_interval": 3}
+
+
+def make_episodes(count, seed=0):
+    """Made-up episodes of 8 to 30 steps under D4RL's names; a third of them terminate.
+
+    Units are 0.1 to 50 large, far from 0. Each robot has a good action for what it observes, and
+    takes it with noise; the squared distances to good actions are the loss of the whole team.
+    """
+    rng, fixed, split = *map(np.random.default_rng, (seed, 1)), np.cumsum(OBS)[:-1]
+    gains = [0.4 * fixed.normal(size=sizes) for sizes in zip(OBS, ACTION, strict=True)]
+    made = []
+    for k in range(count):
+        length, x, steps = rng.integers(8, 31), rng.normal(size=sum(OBS)), []
+        for _ in range(length):
+            drives = [own @ gain for own, gain in zip(np.split(x, split), gains, strict=True)]
+            good, after = np.tanh(np.concatenate(drives)), 0.9 * x + 0.4 * rng.normal(size=x.size)
+            action = good + 0.3 * rng.normal(size=sum(ACTION))
+            steps.append((x, action, -np.square(action - good).mean(), after, good))
+            x = after
+        obs, action, reward, next_obs, good = map(np.stack, zip(*steps, strict=True))
+        last = np.arange(length) == length - 1
+        values = (obs + 3) * OBS_UNIT, (action + 2) * ACTION_UNIT, reward, last & (k % 3 == 0)
+        values = *values, last & (k % 3 > 0), (next_obs + 3) * OBS_UNIT
+        made.append(dict(zip(NAMES, values, strict=True)) | {"good": (good + 2) * ACTION_UNIT})
+    return made
 
 
 @pytest.fixture(scope="module")
 def episodes():
-    """Made-up episodes of 8 to 30 steps under D4RL's names; a third of them terminate.
-
-    Robots act by their own observations, with noise; units are 0.1 to 50 large, far from 0.
-    """
-    rng, split = np.random.default_rng(0), np.cumsum(OBS)[:-1]
-    obs_unit, action_unit = np.geomspace(0.1, 50, sum(OBS)), np.geomspace(50, 0.1, sum(ACTION))
-    gains = [rng.normal(size=sizes) for sizes in zip(OBS, ACTION, strict=True)]
-    made = []
-    for k in range(40):
-        length, x, steps = rng.integers(8, 31), rng.normal(size=sum(OBS)), []
-        for _ in range(length):
-            drives = [own @ gain for own, gain in zip(np.split(x, split), gains, strict=True)]
-            action = np.tanh(np.concatenate(drives)) + 0.1 * rng.normal(size=sum(ACTION))
-            after = 0.9 * x + 0.4 * rng.normal(size=x.size)
-            steps.append((x, action, -np.square(after).mean(), after))
-            x = after
-        obs, action, reward, next_obs = map(np.stack, zip(*steps, strict=True))
-        last = np.arange(length) == length - 1
-        values = (obs + 3) * obs_unit, (action + 2) * action_unit, reward, last & (k % 3 == 0)
-        values = *values, last & (k % 3 > 0), (next_obs + 3) * obs_unit
-        made.append(dict(zip(NAMES, values, strict=True)))
-    return made
+    """Forty of them, as they are recorded: nobody knows the good actions."""
+    return [{key: episode[key] for key in NAMES} for episode in make_episodes(40)]
 
 
 def joined(episodes):
@@ -138,9 +144,9 @@ def test_learns_in_the_logs_units(log, tmp_path):
     """Held-out actions come nearer; policy.pt takes and gives raw units, within their limits."""
     data, error = om2p_logs.load_log(log), 0.0
     untrained = train(log, tmp_path / "0", num_updates=1, learning_rate=0.0)
-    folder = train(log, tmp_path / "1", num_updates=300, eval_interval=300)
+    folder = train(log, tmp_path / "1", num_updates=300, eval_interval=300, q_weight=0)
     team = om2p_logs.Team(4, 10, 3, (8,))
-    team.fit(data["obs"], data["action"])
+    team.fit(data)
     assert not team.policy.act(data["obs"])[2:, :, 2:].any()  # what critics see in training
     before, after = (results(x)[1][-1]["held_out_action_distance"] for x in (untrained, folder))
     assert float(after) < 0.5 < 1 < float(before)
@@ -174,6 +180,22 @@ def test_held_out_episodes_are_not_trained_on(log, tmp_path):
     torch.testing.assert_close(before[0], after[0], rtol=0, atol=0)
     for key, value in before[1][-1].items():
         assert (value != after[1][-1][key]) == key.startswith("held_out"), key
+
+
+def test_scale_of_held_out_rewards(log, tmp_path):
+    """It is the training rows': twice the rewards on held-out rows are another TD error."""
+    before = results(train(log, tmp_path / "0"))
+    data = om2p_logs.load_log(log)
+    data["reward"] = torch.arange(data["reward"].shape[1]).expand(4, -1)
+    rows = om2p_logs.split_log(data, 0.1)[1]["reward"][0].numpy()
+    for path in shutil.copytree(log, tmp_path / "log").glob("rews_*.npy"):
+        values = np.load(path)
+        values[rows] *= 2
+        np.save(path, values)
+    after = results(train(tmp_path / "log", tmp_path / "1"))
+    torch.testing.assert_close(before[0], after[0], rtol=0, atol=0)
+    for key, value in before[1][-1].items():
+        assert (value != after[1][-1][key]) == (key == "held_out_td_error"), key
 
 
 def test_killed_run_goes_on(log, tmp_path, monkeypatch):

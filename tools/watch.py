@@ -82,6 +82,9 @@ def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_di
         spec.loader.exec_module(module)
         task, first, count = (settings[key] for key in ("task", "seed", "num_seeds"))
         seed = first if seed is None else seed
+        if hasattr(module, "load_log"):  # nothing is played, and the team knows its agents' sizes
+            env = policy = module.load_team(run_dir, seed)
+            return SimpleNamespace(env=env, policy=policy, settings=settings, module=module)
         suite, episodes = ("MaMuJoCo", 1) if hasattr(module, "MaMuJoCo") else ("MPE", 4)
         env = getattr(module, suite)(task, num_episodes or episodes)
         if task in ("simple_tag", "simple_world") and hasattr(module, "load_prey"):
@@ -89,9 +92,8 @@ def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_di
             env.prey_policy = module.load_prey(data_dir / task / "prey.npz")
         sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
         policy_class = get_type_hints(module.train)["return"].__args__[0]
-        own = {**settings, "steps": settings.get("diffusion_steps")}  # Diffusion-QL's name of it
         names = list(inspect.signature(policy_class).parameters)[len(sizes) :]
-        policy = policy_class(*sizes, *(own[name] for name in names))
+        policy = policy_class(*sizes, *(settings[name] for name in names))
         k = seed - first if count > 1 else 0
         if not 0 <= k < count:
             raise ValueError(f"--seed {seed} is not one of its seeds")
@@ -205,6 +207,8 @@ def main(args: Args) -> None:
     if any(b"mujoco" in path.read_bytes() for path in run_dir.glob("*.py")):
         choose_renderer()
     team = load_team(run_dir, None, args.seed, args.data_dir)
+    if not hasattr(team.env, "reset"):
+        stop(f"{run_dir} was learned from logs; there is no simulator to play in")
     env, every = team.env, args.every if hasattr(team.module, "MaMuJoCo") else 1
     torch.manual_seed(team.seed)
     obs = env.reset(team.seed)
