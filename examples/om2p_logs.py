@@ -77,7 +77,7 @@ class Args:
     """updates between evaluations on the held-out episodes, each with a checkpoint"""
 
     # OM2P
-    num_updates: int = 10_000
+    num_updates: int = 2_000
     """gradient steps"""
     batch_size: int = 128
     """transitions of every agent in an update"""
@@ -89,7 +89,7 @@ class Args:
     """discount factor, 0 to 1"""
     tau: float = 0.005
     """update rate of target networks, 0 to 1"""
-    q_weight: float = 0.5
+    q_weight: float = 0.1
     """weight of the Q term against mean-flow matching; 0 is behaviour cloning"""
     flow_ratio: float = 0.75
     """share of the batch with t = r, which is plain flow matching, 0 to 1"""

@@ -1,12 +1,17 @@
 """Learning from logs without a simulator: conversion, held-out episodes, raw units, resuming."""
 
 import csv
+import re
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
+import export
 import numpy as np
 import pytest
 import torch
+import watch
 from conftest import ROOT, refusal
 from gymnasium.spaces import Box
 from numpy.testing import assert_array_equal
@@ -15,6 +20,7 @@ sys.path.append(str(ROOT / "examples"))
 import logs_to_npy
 import om2p_logs
 
+PAGE = (ROOT / "docs/your-data.md").read_text()
 OBS, ACTION = (10, 10, 7, 7), (3, 3, 2, 2)  # of four robots
 COLUMNS = {"obs": ("0:10", "10:20", "20:27", "27:34"), "action": ("0:3", "3:6", "6:8", "8:10")}
 NAMES = ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"]
@@ -161,6 +167,44 @@ def test_learns_in_the_logs_units(log, tmp_path):
     assert error < 0.5
 
 
+def test_from_a_log_to_a_team(episodes, tmp_path, monkeypatch, capsys):
+    """The page's commands alone: HDF5, files, card, training, an exported team in raw units.
+
+    On other episodes the actions of all robots are near the good ones.
+    """
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.chdir(tmp_path)
+    h5py.File("robots.hdf5", "w").update(joined(episodes))
+    tools = r"(?m)^    python ((?:examples/\w+|data/card|tools/export)\.py .*)"
+    commands = re.findall(tools, PAGE.replace("\\\n", ""))
+    assert len(commands) == 4
+    for command in commands:
+        script, *options = command.split()
+        if "om2p_logs.py" in script:
+            options += ["--num-updates", "300", "--device", "cpu", "--no-compile"]
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert "warning: scales differ" in capsys.readouterr().out
+    rows = joined(make_episodes(20, seed=1))
+    names = {"obs": np.split(rows["observations"], np.cumsum(OBS)[:-1], axis=1)}
+    blocks = re.findall(r"(?s)```python\n(.*?)```", PAGE)
+    exec(next(block for block in blocks if "Team(" in block), names)
+    trained_on, *_ = om2p_logs.split_log(om2p_logs.load_log(Path("robots")), 0.1)
+    for i, (action, width) in enumerate(zip(names["action"], ACTION, strict=True)):
+        assert action.shape == (len(rows["rewards"]), width)
+        low, high = trained_on["action"][i, :, :width].aminmax(dim=0)
+        assert names["team"].action_low[i] == pytest.approx(low.tolist(), rel=1e-3)
+        assert (action >= 0.999 * low - 1e-3 * high).all()
+        assert (action <= 1.001 * high).all()
+    taken = np.concatenate(names["action"], axis=1)
+    far, always_the_same = (
+        np.square((actions - rows["good"]) / ACTION_UNIT).mean(axis=0)
+        for actions in (taken, rows["good"].mean(axis=0))
+    )
+    assert (far < always_the_same).all()
+    assert far.mean() < 0.6 * always_the_same.mean()
+
+
 def test_held_out_episodes_are_not_trained_on(log, tmp_path):
     """Other ones change the figures, and neither weights nor statistics; they are whole."""
     before = results(train(log, tmp_path / "0"))
@@ -226,6 +270,20 @@ def test_several_seeds(log, tmp_path):
     for key in ("action_distance", "mean_flow", "td_error", "q_gain"):
         assert rows[0][f"held_out_{key}"] != rows[1][f"held_out_{key}"]
     assert not [key for key in rows[0] if "return" in key or "score" in key]
+
+
+def test_tools_on_a_run(log, tmp_path):
+    """Of several seeds the one that is asked for is exported; a team of logs cannot be watched."""
+    folder, out = train(log, tmp_path, num_seeds=2), tmp_path / "team.pt2"
+    obs, noise = om2p_logs.load_log(log)["obs"][:, :9], torch.randn(4, 9, 3)
+    for seed in (0, 1):
+        export.main(export.Args(folder, out, seed=seed))
+        expected = om2p_logs.load_team(folder, seed).act(obs, noise)
+        torch.testing.assert_close(export.Team(out)(obs, noise), expected)
+    assert not torch.equal(om2p_logs.load_team(folder).act(obs, noise), expected)
+    assert "seed 2" in refusal(export.main, export.Args(folder, out, seed=2))
+    assert "no simulator" in refusal(watch.main, watch.Args(folder, tmp_path / "team.gif"))
+    assert not (tmp_path / "team.gif").exists()
 
 
 def test_errors(log, tmp_path):
