@@ -307,7 +307,7 @@ def read_array(path: Path, length: int | None, width: int, low: float, high: flo
 def load_team(run_dir, seed: int | None = None) -> Team:
     """The trained team of a run directory; in a run of several seeds that of `seed`, or the first.
 
-    Raises ValueError if `seed` is not one of several.
+    Raises ValueError if it has no such seed.
     """
     state = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
     settings = json.loads(Path(run_dir, "args.json").read_text())
@@ -361,10 +361,8 @@ def split_log(log: dict, share: float) -> tuple[dict, dict, str]:
     episode, lengths = starts.cumsum(dim=0).unique(return_inverse=True, return_counts=True)[1:]
     K, held_out = len(lengths), round(share * len(lengths))
     if not 0 < held_out < K:
-        raise SystemExit(
-            f"error: --held-out {share} of {K} episodes is {held_out}: at least one has to be held "
-            "out, and one to be trained on"
-        )
+        parts = f"--held-out {share} of {K} episodes is {held_out}"
+        raise SystemExit(f"error: {parts}; one at least has to be held out, and one trained on")
     chosen = torch.randperm(K, generator=torch.Generator().manual_seed(0))[:held_out]
     is_out = torch.isin(episode, chosen)
     parts = [log | {key: log[key][:, rows] for key in FILES} for rows in (~is_out, is_out)]
@@ -375,9 +373,7 @@ def split_log(log: dict, share: float) -> tuple[dict, dict, str]:
 def stack_seeds(parts: Sequence[dict], device) -> dict:
     """The data of several seeds as those of one large team."""
     if len({(part["obs"].shape, part["action"].shape) for part in parts}) > 1:
-        raise SystemExit(
-            "error: the seeds' logs differ in agents, sizes or episodes; train them singly"
-        )
+        raise SystemExit("error: the seeds' logs differ in shape or episodes; train them singly")
     return {key: torch.cat([part[key] for part in parts]).to(device) for key in parts[0]}
 
 
