@@ -23,6 +23,8 @@ class Team:
     and `noise_scale`, as it was exported with.
     """
 
+    raw = False  # in files that do not tell
+
     def __init__(self, path):
         extra = {"team.json": ""}
         self.program = torch.export.load(path, extra_files=extra).module()
