@@ -153,8 +153,8 @@ def make_dataset(folder: Path, collector: str, flags: str) -> None:
             command = [sys.executable, root / "data" / collector, *flags.split()]
             subprocess.run([*command, "--data-dir", folder.parents[2]])
     if not folder.is_dir():
-        ways = f"python data/{collector} {flags}` or `bash data/download.sh"
-        raise SystemExit(f"error: there are no data in {folder}: `{ways}` gets them")
+        ways = f"`python data/{collector} {flags}`, `bash data/download.sh`"
+        raise SystemExit(f"error: there are no data in {folder}: {ways} or docs/your-data.md helps")
 
 
 def read_array(path: Path, length: int | None, width: int, low: float, high: float) -> Tensor:

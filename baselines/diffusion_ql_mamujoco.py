@@ -139,13 +139,15 @@ class DiffusionPolicy(nn.Module):
     Steps count from 0 in the code: k = 0 is the least noisy one.
     """
 
-    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims, steps=5):
+    def __init__(
+        self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims, diffusion_steps=5
+    ):
         super().__init__()
-        self.action_dim, self.steps = action_dim, steps
+        self.action_dim, self.diffusion_steps = action_dim, diffusion_steps
         self.net = mlp((num_agents,), obs_dim + action_dim + 16, hidden_dims, action_dim)
         self.register_buffer("mask", torch.ones(num_agents, 1, action_dim), persistent=False)
         # VP schedule: the variance-preserving SDE's noise, 0.1 to 10, in so many steps
-        K, k = steps, torch.arange(steps)
+        K, k = diffusion_steps, torch.arange(diffusion_steps)
         beta = 1 - torch.exp(-0.1 / K - 0.5 * (10 - 0.1) * (2 * k + 1) / K**2)
         abar = torch.cumprod(1 - beta, dim=0)
         before = torch.cat([torch.ones(1), abar[:-1]])  # abar of the step before
@@ -164,7 +166,7 @@ class DiffusionPolicy(nn.Module):
     def act(self, obs: Tensor) -> Tensor:
         """One sample in [-1, 1] for every observation: (N, B, obs_dim) -> (N, B, action_dim)."""
         x = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
-        for k in reversed(range(self.steps)):
+        for k in reversed(range(self.diffusion_steps)):
             step = torch.full(obs.shape[:-1], k, device=obs.device)
             noise = (1 - self.abar[k]).sqrt() * self(obs, x, step)
             x0 = ((x - noise) / self.abar[k].sqrt()).clamp(-1, 1)
@@ -186,7 +188,7 @@ def diffusion_loss(policy: DiffusionPolicy, obs, action, noise, k) -> Tensor:
 def policy_loss(policy: DiffusionPolicy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """Diffusion loss minus q_weight E[Q_1(o, a_pi)] / sg(E|Q_2|), sum over agents."""
     obs, action = batch["obs"], batch["action"]
-    k = torch.randint(policy.steps, action.shape[:-1], device=action.device)
+    k = torch.randint(policy.diffusion_steps, action.shape[:-1], device=action.device)
     diffusion = diffusion_loss(policy, obs, action, torch.randn_like(action), k)
     q = critic(obs, policy.act(obs))  # (2, N, B)
     q_terms = q.mean(dim=-1) / q.flip(0).abs().mean(dim=-1).detach()  # (2, N)
@@ -244,8 +246,8 @@ def make_dataset(folder: Path, collector: str, flags: str) -> None:
             command = [sys.executable, root / "data" / collector, *flags.split()]
             subprocess.run([*command, "--data-dir", folder.parents[2]])
     if not folder.is_dir():
-        ways = f"python data/{collector} {flags}` or `bash data/download.sh"
-        raise SystemExit(f"error: there are no data in {folder}: `{ways}` gets them")
+        ways = f"`python data/{collector} {flags}`, `bash data/download.sh`"
+        raise SystemExit(f"error: there are no data in {folder}: {ways} or docs/your-data.md helps")
 
 
 def read_array(path: Path, length: int | None, width: int, low: float, high: float) -> Tensor:
@@ -301,7 +303,7 @@ def make_env(task: str):
     """A PettingZoo ParallelEnv for <robot>-<partition>, and the steps of its longest episode."""
     robot, _, partition = task.partition("-")
     settings = {"agent_obsk": 0, "global_categories": (), **SETTINGS.get(robot, {})}
-    with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo"):
+    with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo; see docs/your-data.md"):
         env = mamujoco_v1.parallel_env(scenario=robot, agent_conf=partition, **settings)
     return env, env.single_agent_env.get_wrapper_attr("_max_episode_steps")
 

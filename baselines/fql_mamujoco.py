@@ -249,8 +249,8 @@ def make_dataset(folder: Path, collector: str, flags: str) -> None:
             command = [sys.executable, root / "data" / collector, *flags.split()]
             subprocess.run([*command, "--data-dir", folder.parents[2]])
     if not folder.is_dir():
-        ways = f"python data/{collector} {flags}` or `bash data/download.sh"
-        raise SystemExit(f"error: there are no data in {folder}: `{ways}` gets them")
+        ways = f"`python data/{collector} {flags}`, `bash data/download.sh`"
+        raise SystemExit(f"error: there are no data in {folder}: {ways} or docs/your-data.md helps")
 
 
 def read_array(path: Path, length: int | None, width: int, low: float, high: float) -> Tensor:
@@ -306,7 +306,7 @@ def make_env(task: str):
     """A PettingZoo ParallelEnv for <robot>-<partition>, and the steps of its longest episode."""
     robot, _, partition = task.partition("-")
     settings = {"agent_obsk": 0, "global_categories": (), **SETTINGS.get(robot, {})}
-    with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo"):
+    with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo; see docs/your-data.md"):
         env = mamujoco_v1.parallel_env(scenario=robot, agent_conf=partition, **settings)
     return env, env.single_agent_env.get_wrapper_attr("_max_episode_steps")
 

@@ -7,7 +7,8 @@ ends where `dones` is not 0 for some agent, where some agent's next_obs is not t
 or after --horizon rows, else the task's if the path names it. Returns are of whole episodes: of
 those that are done, or as long as the longest one. Three counts are 0 in data that hold together:
 episodes inside the files that are shorter but not done, which lost rows leave behind; rows that go
-on although their episode is over; and rows that go on for some agents only.
+on although their episode is over; and rows that go on for some agents only. A line warns of
+observations whose components have standard deviations that differ by more than 10.
 """
 
 import math
@@ -104,6 +105,22 @@ def count_duplicates(arrays: list[np.ndarray]) -> int:
     return len(sums) - len(np.unique(sums))
 
 
+def spread(arrays: list[np.ndarray]) -> tuple[list[str], str]:
+    """Ranges of all components of every agent's observations (T, dim); a warning, or ""."""
+    ranges, sds = [], {}
+    for i, x in enumerate(map(np.ma.masked_invalid, arrays)):
+        low, high = (np.ma.filled(y, np.nan) for y in (x.min(axis=0), x.max(axis=0)))
+        ranges.append(", ".join(f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)))
+        sd = x.std(axis=0, dtype=float).filled(0)
+        changing = np.flatnonzero(sd > 1e-6 * np.maximum(abs(low), abs(high)))
+        sds |= {f"obs_{i}[:, {k}]": sd[k] for k in changing}
+    least, most = (f(sds, key=sds.get, default=None) for f in (min, max))
+    if not sds or sds[most] <= 10 * sds[least]:
+        return ranges, ""
+    names = f"{least} {sds[least]:.3g}, {most} {sds[most]:.3g}"
+    return ranges, f"scales differ by more than 10 times; standard deviations: {names}"
+
+
 def describe(folder: Path, horizon: int | None = None) -> tuple[dict, np.ndarray]:
     """The card, {what: number or text}, and the episodes' returns (K,), mean over agents."""
     files, names = read_files(folder), folder.resolve().parts[::-1]
@@ -150,6 +167,9 @@ def describe(folder: Path, horizon: int | None = None) -> tuple[dict, np.ndarray
                 card[f"{name}_{i}"] = f"{x.min():.4g} to {x.max():.4g}, mean {x.mean():.4g}"
             if not finite.all():
                 card[f"not finite in {name}_{i}"] = f"{(~finite).sum()} numbers"
+    ranges, warning = spread(files["obs"])
+    card |= {f"obs_{i}": text for i, text in enumerate(ranges)}
+    card |= {"warning": warning} if warning else {}
     if len(returns):
         card["return"] = f"{returns.mean():.2f} ± {returns.std():.2f}, {len(returns)} episodes"
     if task and quality:

@@ -78,7 +78,8 @@ def load_behavior(task: str, quality: str, env) -> list[Behavior | None]:
     if quality == "random":
         return [None]
     stage, path, policies = quality.removeprefix("medium-"), BEHAVIOR_DIR / f"{task}.npz", []
-    with fail_as(f"{path} cannot be used; data/train_behavior.py makes one"), np.load(path) as file:
+    remedy = f"`python data/train_behavior.py --task {task} --out {path}` makes it"
+    with fail_as(f"{path} cannot be used; {remedy}"), np.load(path) as file:
         parameters = [torch.from_numpy(file[f"{stage}_{k}"]).float() for k in range(6)]
         for snapshot in zip(*parameters, strict=True):
             policies.append(Behavior(env.num_agents, max(env.obs_dims), max(env.action_dims)))

@@ -54,7 +54,30 @@ def test_numbers(dataset):
     for name in ("acs", "rews"):
         for i, x in enumerate(data[name].astype(float)):
             assert facts[f"{name}_{i}"] == f"{x.min():.4g} to {x.max():.4g}, mean {x.mean():.4g}"
-    assert not [key for key in facts if "finite" in key or "public" in key]
+    for i, x in enumerate(data["obs"]):
+        ranges = [f"{a:.3g} to {b:.3g}" for a, b in zip(x.min(0), x.max(0), strict=True)]
+        assert facts[f"obs_{i}"] == ", ".join(ranges)
+    assert not [key for key in facts if key.split()[0] in ("not", "public", "warning")]
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(9, False), (11, True)])
+def test_scales_that_differ(factor, warns, dataset):
+    """A warning names the components of least and largest spread; constant ones do not count."""
+    folder, data = dataset
+    for i, obs in enumerate(data["obs"]):
+        values = np.random.default_rng(i).normal(size=obs.shape)
+        values = 7 + 3 * (values - values.mean(axis=0)) / values.std(axis=0)
+        values[:, 1] = 1e4
+        values[i, 0] = np.inf
+        if i == 2:
+            values[:, 5] *= factor
+        np.save(folder / f"obs_{i}.npy", values)
+    facts, _ = card.describe(folder)
+    assert "inf" not in facts["obs_1"]
+    assert facts["obs_1"].split(", ")[1] == "1e+04 to 1e+04"
+    assert ("warning" in facts) == warns
+    if warns:
+        assert "obs_2[:, 5] 33" in facts["warning"]
 
 
 def test_numbers_that_are_not_finite(dataset):

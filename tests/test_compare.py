@@ -74,6 +74,23 @@ def test_picture_and_table(make_run, tmp_path, capsys):
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
+def test_runs_on_logs(make_run, tmp_path, capsys):
+    """Held-out figures take the place of returns, in three digits."""
+    folder = make_run("a", [10, 12], script="om2p_logs.py")
+    path = folder / "metrics.csv"
+    path.write_text(path.read_text().replace("return,score", "held_out_td_error,held_out_x"))
+    table = table_of(folder, make_run("b", [20]))
+    assert list(table.columns[2:]) == [
+        *("updates", "held out td error", "held out x", "minutes", "return", "score", "best score")
+    ]
+    assert table["held out x"][0].startswith("11 [")
+    assert list(table["return"]) == ["-", "200.0"]
+    path.write_text(path.read_text().replace("held_out_x", "held_out_action_distance"))
+    compare.main(compare.Args((folder,), tmp_path / "compare.png"))
+    assert "held out action distance" in capsys.readouterr().out
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
 def test_what_is_no_run(tmp_path):
     """A folder without a run's files, and none at all, end in one line."""
     assert str(tmp_path) in refusal(compare.read_run, tmp_path)

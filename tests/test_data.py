@@ -1,6 +1,7 @@
 """Loading and making datasets: what is read, what is refused, what the collectors write."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import product
@@ -13,6 +14,8 @@ import convert_prey
 import numpy as np
 import pytest
 import torch
+import train_behavior
+import tyro
 from collect_mamujoco import Args as MuJoCoArgs
 from collect_mamujoco import collect_mamujoco
 from collect_mpe import Args as MPEArgs
@@ -157,6 +160,8 @@ def test_missing_dataset(place, collector, suite, monkeypatch, tmp_path):
         message = refusal(suite.load, (0,), "medium")
         assert f"python data/{suite.env.collector} {flags}" in message
         assert "bash data/download.sh" in message
+        assert "docs/your-data.md" in message  # for tasks that neither of them knows
+        assert (ROOT / "docs/your-data.md").is_file()
     if collector != "is missing":
         argv = f"{flags} --data-dir {tmp_path}".split()
         assert (tmp_path / "argv").read_text().strip() == str(argv)
@@ -353,7 +358,7 @@ def test_interrupted_collection_leaves_nothing(error, monkeypatch, tmp_path):
         ({"seed": -1}, "--seed"),
         ({"noise": 1.5}, "--noise"),
         ({"task": "Cat-2x2"}, "--task Cat-2x2"),
-        ({"task": "Swimmer-2x1", "quality": "expert"}, "data/train_behavior.py makes one"),
+        ({"task": "Cat-2x2"}, "see docs/your-data.md"),
     ],
     ids=str,
 )
@@ -361,6 +366,14 @@ def test_bad_settings(settings, reason, tmp_path):
     """One line, and nothing is written."""
     assert reason in refusal(lambda: collect(tmp_path, **settings))
     assert list(tmp_path.rglob("obs_0.npy")) == []
+
+
+def test_missing_behavior(tmp_path):
+    """The line is the command that trains it, to where the collector looks for it."""
+    message = refusal(lambda: collect(tmp_path, task="Swimmer-2x1", quality="expert"))
+    command = re.search(r"`python data/train_behavior.py (.*?)`", message)[1]
+    args = tyro.cli(train_behavior.Args, args=command.split())
+    assert (args.task, args.out) == ("Swimmer-2x1", BEHAVIOR / "Swimmer-2x1.npz")
 
 
 @pytest.mark.parametrize("task", ["simple_tag", "Reacher-2x1"])

@@ -4,7 +4,8 @@
 
 Runs that differ in nothing but the seed count as one row, with the mean over the seeds and its 95 %
 bootstrap interval. Of the settings those are shown in which rows of one method differ. Bands in the
-picture are the range of the seeds. Runs that have not ended yet count as they stand.
+picture are the range of the seeds. Runs that have not ended yet count as they stand. Runs on logs
+have no returns; their figures on held-out episodes are shown.
 """
 
 import json
@@ -40,13 +41,13 @@ def read_run(run_dir: Path) -> tuple[dict, pd.DataFrame]:
     return {"method": script.stem, **settings}, metrics
 
 
-def interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray, form: str = ".1f") -> str:
     """Mean and 95 % bootstrap interval of it, from two values on."""
-    mean = f"{values.mean():.1f}"
+    mean = f"{values.mean():{form}}"
     if len(values) < 2 or np.ptp(values) == 0 or not np.isfinite(values).all():
         return mean
     result = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
-    return f"{mean} [{result.low:.1f}, {result.high:.1f}]"
+    return f"{mean} [{result.low:{form}}, {result.high:{form}}]"
 
 
 def group_runs(runs: list[tuple[dict, pd.DataFrame]]) -> list[tuple[dict, pd.DataFrame]]:
@@ -72,24 +73,24 @@ def make_table(groups: list[tuple[dict, pd.DataFrame]]) -> tuple[pd.DataFrame, l
     for own, metrics in groups:
         last = metrics.sort_values("step").groupby("seed").last()
         ended = (last["step"] == int(own["num_updates"])).all()
-        rows.append(
-            {
-                "method": own["method"],
-                **{key: own.get(key, "-") for key in varied},
-                "seeds": len(last),
-                "updates": f"{last['step'].min():,}" + ("" if ended else " so far"),
-                "return": interval(last["return"].to_numpy()),
-                "score": interval(last["score"].to_numpy()),
-                "best score": f"{metrics.groupby('seed')['score'].max().mean():.1f}",
-                "minutes": f"{last['minutes'].mean():.1f}",
-            }
-        )
+        row = {"method": own["method"], **{key: own.get(key, "-") for key in varied}}
+        row |= {"seeds": len(last)}
+        row |= {"updates": f"{last['step'].min():,}" + ("" if ended else " so far")}
+        row |= {key: interval(last[key].to_numpy()) for key in ("return", "score") if key in last}
+        if "score" in last:
+            row |= {"best score": f"{metrics.groupby('seed')['score'].max().mean():.1f}"}
+        held_out = [key for key in last if key.startswith("held_out_")]
+        row |= {key.replace("_", " "): interval(last[key].to_numpy(), ".3g") for key in held_out}
+        rows.append(row | {"minutes": f"{last['minutes'].mean():.1f}"})
     names = [", ".join([row["method"], *(f"{k} {row[k]}" for k in varied)]) for row in rows]
-    return pd.DataFrame(rows), names
+    return pd.DataFrame(rows).fillna("-"), names
 
 
 def draw(groups: list[tuple[dict, pd.DataFrame]], names: list[str], out: Path) -> None:
-    """Score, or return where there is no scale, against updates: a panel for each task's data."""
+    """Score, or return without a scale, against updates: a panel for each task's data.
+
+    Of logs it is the distance of held-out actions.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -101,13 +102,15 @@ def draw(groups: list[tuple[dict, pd.DataFrame]], names: list[str], out: Path) -
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
     for (_, metrics), name, title in zip(groups, names, titles, strict=True):
         panel = axes[0, panels.index(title)]
-        what = "return" if metrics["score"].isna().all() else "score"
+        curves = [key for key in ("score", "held_out_action_distance") if key in metrics]
+        what = next((key for key in curves if metrics[key].notna().any()), "return")
         lines = metrics.groupby("step")[what].agg(["mean", "min", "max"])
         (line,) = panel.plot(lines["mean"], label=name)
         panel.fill_between(
             lines.index, lines["min"], lines["max"], color=line.get_color(), alpha=0.2
         )
-        panel.set(title=title, xlabel="updates", ylabel="normalised " * (what == "score") + what)
+        label = "normalised " * (what == "score") + what.replace("_", " ")
+        panel.set(title=title, xlabel="updates", ylabel=label)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(out, dpi=140)

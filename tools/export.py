@@ -5,7 +5,8 @@
 The file is a torch.export program, and in it `team.json`, the agents' sizes and action limits. The
 program takes observations (N, B, obs_dim), float32 or float64, any B, and, of policies with a
 `noise`, that noise (K, N, B, action_dim); it returns float32 actions (N, B, action_dim) in [-1, 1],
-means of K samples. The class in `tools/team.py`, to be copied, draws the noise and needs no B:
+means of K samples. Of a team learned from logs both are in the log's own units. The class in
+`tools/team.py`, to be copied, draws the noise and needs no B:
 
     action = Team("team.pt2")(obs)
 
@@ -20,6 +21,7 @@ import timeit
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -101,6 +103,10 @@ def difference(policy: nn.Module, team: Team, batch_size: int) -> float:
     """
     num_agents, K, width = len(team.obs_dims), team.samples, max(team.action_dims)
     obs, noise = torch.randn(num_agents, batch_size, max(team.obs_dims)), None
+    scale = torch.ones(num_agents, 1, width)
+    if team.raw:  # observations as the log has them, differences as shares of the actions' range
+        obs = policy.obs_mean + policy.obs_sd * obs
+        scale = policy.action_half.masked_fill(policy.action_half == 0, 1)
     if team.noise:
         noise = torch.randn(K, num_agents, batch_size, width)
         expected = torch.stack([policy.act(obs, team.noise_scale * e) for e in noise]).mean(dim=0)
@@ -117,7 +123,8 @@ def difference(policy: nn.Module, team: Team, batch_size: int) -> float:
         action = team(*inputs)
         if action.dtype != torch.float32 or action.ndim != inputs[0].ndim:
             return math.nan
-        errors = errors.maximum((action - expected.view_as(action)).abs().max())
+        error = (action.view_as(expected) - expected) / scale
+        errors = errors.maximum(error.abs().max())
     return errors.item()
 
 
@@ -127,13 +134,17 @@ def decision_ms(act, obs: Tensor) -> float:
 
 
 def describe(run, args: Args) -> dict:
-    """What a file tells about its team, in team.json; limits are the environment's own."""
-    dims, boxes = list(run.env.action_dims), getattr(run.env, "boxes", ())
-    facts = {"task": run.settings["task"], "obs_dims": list(run.env.obs_dims), "action_dims": dims}
+    """What a file tells about its team, in team.json; limits are the environment's or log's own."""
+    policy, boxes = run.policy, getattr(run.env, "boxes", ())
+    obs_dims, dims = ([int(x) for x in sizes] for sizes in (run.env.obs_dims, run.env.action_dims))
+    if raw := hasattr(policy, "action_mid"):
+        rows = zip(policy.action_mid[:, 0], policy.action_half[:, 0], dims, strict=True)
+        boxes = [SimpleNamespace(low=(x - y)[:n], high=(x + y)[:n]) for x, y, n in rows]
+    facts = {"task": run.settings["task"], "obs_dims": obs_dims, "action_dims": dims, "raw": raw}
     facts["action_low"] = [x.low.tolist() for x in boxes] or [[-1.0] * width for width in dims]
     facts["action_high"] = [x.high.tolist() for x in boxes] or [[1.0] * width for width in dims]
     facts |= {"samples": args.samples, "noise_scale": args.noise_scale}
-    return facts | {"noise": "noise" in inspect.signature(run.policy.act).parameters}
+    return facts | {"noise": "noise" in inspect.signature(policy.act).parameters}
 
 
 def main(args: Args) -> None:
@@ -144,12 +155,12 @@ def main(args: Args) -> None:
     if args.samples < 1 or not 0 <= args.noise_scale < math.inf:
         stop("--samples must be 1 or more, --noise-scale 0 or more")
     run = load_team(args.run_dir, 1, args.seed, args.data_dir)
-    policy, obs = run.policy, torch.zeros(run.env.num_agents, 1, max(run.env.obs_dims))
+    policy, facts = run.policy, describe(run, args)
+    obs = torch.zeros(len(facts["obs_dims"]), 1, max(facts["obs_dims"]))
     with Noise(1.0) as drawn:
         policy.act(obs)
     if not drawn.count and (args.samples, args.noise_scale) != (1, 1.0):
         stop("this policy has no noise: --samples and --noise-scale are for stochastic ones")
-    facts = describe(run, args)
     team = Team(io.BytesIO(content := export(policy, facts)))
     for batch_size in (1, 1_000):
         if not (error := difference(policy, team, batch_size)) < 1e-4:

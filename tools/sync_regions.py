@@ -1,7 +1,7 @@
 """Keep the regions that the standalone scripts share byte-identical.
 
 A region is what stands between the lines `# region NAME` and `# endregion NAME`, indented or not.
-The first script that has a region owns it: om2p_mpe.py, om2p_mamujoco.py, then the baselines.
+The first script that has a region owns it: om2p_mpe.py, om2p_mamujoco.py, the baselines, examples.
 
     python tools/sync_regions.py          name the copies that differ from their owner, exit with 1
     python tools/sync_regions.py --fix    overwrite them
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PATTERNS = ("om2p_mpe.py", "om2p_mamujoco.py", "baselines/*.py")
+PATTERNS = ("om2p_mpe.py", "om2p_mamujoco.py", "baselines/*.py", "examples/om2p_*.py")
 MARKER = re.compile(r"\s*# (region|endregion) (\w+)\s*")
 
 

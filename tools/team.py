@@ -15,12 +15,15 @@ from torch import Tensor
 
 
 class Team:
-    """A trained team: observations of all agents to actions in [-1, 1].
+    """A trained team: observations of all agents to actions in [-1, 1], or in a log's own units.
 
     Attributes, from the file: `task`, `obs_dims` and `action_dims`, the sizes of each agent,
-    `action_low` and `action_high`, the limits of its actions in the environment, `noise`, whether a
-    call takes noise, `samples` and `noise_scale`, as it was exported with.
+    `action_low` and `action_high`, the limits of its actions in the environment or the log, `raw`,
+    whether actions are in the units of these limits, `noise`, whether a call takes noise, `samples`
+    and `noise_scale`, as it was exported with.
     """
+
+    raw = False  # in files that do not tell
 
     def __init__(self, path):
         extra = {"team.json": ""}
@@ -54,7 +57,9 @@ class Team:
         return action.squeeze(-2) if alone else action
 
     def in_environment(self, action: Tensor) -> list[Tensor]:
-        """Each agent's action in the environment's own units and without padding."""
+        """Each agent's action in the environment's or the log's own units and without padding."""
         limits = zip(action, self.action_low, self.action_high, strict=True)
+        if self.raw:
+            return [x[..., : len(low)] for x, low, _ in limits]
         low_high = [(x[..., : len(a)], x.new_tensor(a), x.new_tensor(b)) for x, a, b in limits]
         return [low + (high - low) * (x + 1) / 2 for x, low, high in low_high]

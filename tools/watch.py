@@ -44,6 +44,7 @@ class Args:
 
 
 WRITING = {"xycoords": "axes fraction", "fontsize": 4.5}
+AGENT_COLORS = ("C0", "C1", "C4", "tab:red")  # of particles, the last one is the prey
 
 
 def stop(message: str):
@@ -82,6 +83,9 @@ def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_di
         spec.loader.exec_module(module)
         task, first, count = (settings[key] for key in ("task", "seed", "num_seeds"))
         seed = first if seed is None else seed
+        if hasattr(module, "load_log"):  # nothing is played, and the team knows its agents' sizes
+            env = policy = module.load_team(run_dir, seed)
+            return SimpleNamespace(env=env, policy=policy, settings=settings, module=module)
         suite, episodes = ("MaMuJoCo", 1) if hasattr(module, "MaMuJoCo") else ("MPE", 4)
         env = getattr(module, suite)(task, num_episodes or episodes)
         if task in ("simple_tag", "simple_world") and hasattr(module, "load_prey"):
@@ -89,11 +93,10 @@ def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_di
             env.prey_policy = module.load_prey(data_dir / task / "prey.npz")
         sizes = env.num_agents, max(env.obs_dims), max(env.action_dims)
         policy_class = get_type_hints(module.train)["return"].__args__[0]
-        own = {**settings, "steps": settings.get("diffusion_steps")}  # Diffusion-QL's name of it
         names = list(inspect.signature(policy_class).parameters)[len(sizes) :]
-        policy = policy_class(*sizes, *(own[name] for name in names))
+        policy = policy_class(*sizes, *(settings[name] for name in names))
         k = seed - first if count > 1 else 0
-        if not 0 <= k < count:
+        if k not in range(count):
             raise ValueError(f"--seed {seed} is not one of its seeds")
         policy.load_state_dict({key: values.chunk(count)[k] for key, values in weights.items()})
         for i, width in enumerate(env.action_dims):  # agents with fewer actions are padded
@@ -114,12 +117,7 @@ def draw_landmarks(panel, module, env, k: int) -> None:
     panel.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[], aspect="equal")
 
 
-def agent_color(module, agent: int) -> str:
-    """Red for the prey, cool colours for the team."""
-    return "tab:red" if agent == module.MPE.num_agents else f"C{(0, 1, 4)[agent]}"
-
-
-def draw_particles(team, panels):
+def draw_particles(team, panels, _):
     """Draw the particle worlds of all episodes, now and whenever the next picture is wanted."""
     from matplotlib.patches import Circle
 
@@ -127,7 +125,7 @@ def draw_particles(team, panels):
     for k, panel in enumerate(panels):
         draw_landmarks(panel, team.module, env, k)
         for agent, radius in enumerate(env.size):
-            disc = Circle((0, 0), radius, color=agent_color(team.module, agent), zorder=2)
+            disc = Circle((0, 0), radius, color=AGENT_COLORS[agent], zorder=2)
             bodies[k, agent] = panel.add_patch(disc)
     while True:
         for index, body in bodies.items():
@@ -136,7 +134,7 @@ def draw_particles(team, panels):
 
 
 def draw_robot(team, panels, size: int):
-    """The same for the robot of the first episode, rendered."""
+    """The same for the robot of the first episode, rendered `size` pixels high."""
     import mujoco
     from matplotlib.colors import to_rgba
 
@@ -158,7 +156,7 @@ def draw_robot(team, panels, size: int):
             yield
 
 
-def draw_other(team, panels):
+def draw_other(team, panels, _):
     """The same for any environment whose `render()` gives a picture, of the first episode."""
     env = getattr(team.env, "envs", [team.env])[0]
     getattr(env, "unwrapped", env).render_mode = "rgb_array"  # which PettingZoo's look at
@@ -172,15 +170,15 @@ def film(team, size: int):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    particles = hasattr(team.env, "landmarks")
-    columns = team.env.num_episodes if particles else 1
+    robot = hasattr(getattr(team.env, "envs", [None])[0], "single_agent_env")
+    draw, columns = draw_robot if robot else draw_other, 1
+    if hasattr(team.env, "landmarks"):
+        draw, columns = draw_particles, team.env.num_episodes
     style = {"squeeze": False, "layout": "none", "subplot_kw": {"xticks": [], "yticks": []}}
     figure, (panels,) = plt.subplots(1, columns, figsize=(columns, 1), dpi=size, **style)
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0)
     captions = [panel.annotate("", (0.02, 0.92), zorder=5, **WRITING) for panel in panels]
-    robot = hasattr(getattr(team.env, "envs", [None])[0], "single_agent_env")
-    drawing = draw_robot(team, panels, size) if robot else draw_other(team, panels)
-    for _ in draw_particles(team, panels) if particles else drawing:
+    for _ in draw(team, panels, size):
         for panel, caption, value in zip(panels, captions, team.returns, strict=False):
             panel.spines[:].set_linewidth(0.3)
             caption.set_text(f"step {team.step}, return {value:.1f}")
@@ -205,6 +203,8 @@ def main(args: Args) -> None:
     if any(b"mujoco" in path.read_bytes() for path in run_dir.glob("*.py")):
         choose_renderer()
     team = load_team(run_dir, None, args.seed, args.data_dir)
+    if not hasattr(team.env, "reset"):
+        stop(f"{run_dir} was learned from logs; there is no simulator to play in")
     env, every = team.env, args.every if hasattr(team.module, "MaMuJoCo") else 1
     torch.manual_seed(team.seed)
     obs = env.reset(team.seed)
