@@ -35,7 +35,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -43,15 +42,14 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
-    """the task"""
+    task: str = "simple_spread"
+    """simple_spread, simple_tag, simple_world, or simple_spread-5 with five agents and targets"""
     # region args
     quality: str = "expert"
     """whose actions the data hold: expert, medium, medium-replay, random, medium-expert, ..."""
@@ -236,12 +234,11 @@ def fail_as(message: str) -> Iterator[None]:
 
 
 def make_dataset(folder: Path, collector: str, flags: str) -> None:
-    """Have this repository's collector make a dataset that is missing, or say how to get it."""
-    for root in Path(__file__).resolve().parents:
-        if (root / "data" / collector).is_file() and not folder.exists():
+    """If a dataset is missing, have this repository's collector make it, or say how to get it."""
+    for path in (root / "data" / collector for root in Path(__file__).resolve().parents):
+        if path.is_file() and not folder.exists():
             print(f"there are no data in {folder}; data/{collector} makes them", flush=True)
-            command = [sys.executable, root / "data" / collector, *flags.split()]
-            subprocess.run([*command, "--data-dir", folder.parents[2]])
+            subprocess.run([sys.executable, path, *flags.split(), "--data-dir", folder.parents[2]])
     if not folder.is_dir():
         ways = f"`python data/{collector} {flags}`, `bash data/download.sh`"
         raise SystemExit(f"error: there are no data in {folder}: {ways} or docs/your-data.md helps")
@@ -252,8 +249,8 @@ def read_array(path: Path, length: int | None, width: int, low: float, high: flo
     with fail_as(f"{path} cannot be used"), path.open("rb") as file:
         values = torch.from_numpy(np.lib.format.read_array(file).astype(np.float32))
         values = values[:, None] if values.ndim == 1 else values
-        if values.shape != (length or len(values), width):
-            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T', width)}")
+        if values.shape != (length or max(len(values), 1), width):
+            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T>0', width)}")
         if not ((low <= values) & (values <= high)).all():
             raise ValueError(f"it holds NaN or numbers outside {low} to {high}")
     return values
@@ -269,8 +266,7 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
     dataset, length = {key: [] for key in FILES}, None
     for seed in seeds:
         folder = Path(data_dir, task, quality, f"seed_{seed}_data").expanduser()
-        if not folder.is_dir():
-            make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
+        make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
         for i, (key, name) in product(range(env.num_agents), FILES.items()):
             dims, limits = widths.get(key, [1] * env.num_agents), LIMITS.get(key, (-3e38, 3e38))
             values = read_array(folder / f"{name}_{i}.npy", length, dims[i], *limits)
@@ -283,18 +279,17 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
 # endregion dataset
 # region mpe
 TARGET, SOLID, FOOD, FOREST = 0.05, 0.2, 0.03, 0.3  # radii of landmarks; only SOLID is an obstacle
-CHASE = [9.0] * 3 + [16.0], [1.0] * 3 + [1.3]  # gains and maximal speeds of three hunters, one prey
-BODIES = {  # radii of the agents, gains and maximal speeds; radii of the landmarks
-    "simple_spread": ([0.15] * 3, [5.0] * 3, [np.inf] * 3, [TARGET] * 3),
-    "simple_tag": ([0.075] * 3 + [0.05], *CHASE, [SOLID] * 2),
-    "simple_world": ([0.075] * 3 + [0.045], *CHASE, [SOLID, FOOD, FOOD, FOREST, FOREST]),
+BODIES = {  # radius, gain and maximal speed of a learner, and of the prey; radii of the landmarks
+    "simple_spread": ([0.15, 5.0, np.inf], [], [TARGET]),  # a target for each learner
+    "simple_tag": ([0.075, 9.0, 1.0], [[0.05, 16.0, 1.3]], [SOLID] * 2),
+    "simple_world": ([0.075, 9.0, 1.0], [[0.045, 16.0, 1.3]], [SOLID, FOOD, FOOD, FOREST, FOREST]),
 }
 SCALE = {"simple_spread": (159.8, 516.8), "simple_tag": (-4.1, 185.6), "simple_world": (-6.8, 79.5)}
 
 
 def normalized_score(task: str, returns):
-    """0 for the mean return of the public random data, 100 for its expert data's (OMAR, 2022)."""
-    low, high = SCALE[task]
+    """0 for the mean return of the public random data, 100 for its expert data's; else NaN."""
+    low, high = SCALE.get(task, (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
 
@@ -307,66 +302,65 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class MPE:
     """The Multi-Agent Particle Environments of OMAR's fork, K episodes at once.
 
-    Three agents learn: in simple_spread they cover three targets, in simple_tag and simple_world
-    they hunt a faster prey that `prey_policy(obs (1, K, D)) -> (1, K, 2)` steers. An action is a
-    2-D force in [-1, 1]; a step lasts 0.1, an episode 25 steps. The state: `pos`, `vel` (K, A, 2),
-    the prey last, and `landmarks` (K, L, 2): targets, or obstacles, food and forests in this order.
+    In simple_spread three agents cover three targets, in simple_spread-5 five agents five; in tag
+    and world three hunt a faster prey that `prey_policy(obs (1, K, D)) -> (1, K, 2)` steers. An
+    action is a 2-D force in [-1, 1]; a step lasts 0.1, an episode 25 steps. The state: `pos`, `vel`
+    (K, A, 2), the prey last, and `landmarks` (K, L, 2): targets, or obstacles, food, forests.
 
     Source: github.com/ling-pan/OMAR, other in rewards, forces and integration than PettingZoo's.
     """
 
     horizon, dt, damping, stiffness, softness = 25, 0.1, 0.25, 100.0, 1e-3
-    num_agents, action_dims, collector = 3, (2, 2, 2), "collect_mpe.py"
+    collector = "collect_mpe.py"
 
     def __init__(self, task: str, num_episodes: int, seed=0, prey_policy=None):
         self.task, self.num_episodes, self.prey_policy = task, num_episodes, prey_policy
-        self.size, self.gain, self.max_speed, self.landmark_size = map(np.array, BODIES[task])
-        self.solid = np.flatnonzero(self.landmark_size == SOLID)
-        self.forest = np.flatnonzero(self.landmark_size == FOREST)
+        name, _, number = task.partition("-")
+        N = self.num_agents = int(number) if number.isdecimal() else 3
+        if N < 1 or task not in (*BODIES, f"simple_spread-{N}"):
+            raise SystemExit(f"error: --task {task} is not {', '.join(BODIES)} or simple_spread-N")
+        learner, prey, landmarks = BODIES[name]
+        self.size, self.gain, self.max_speed = np.array([learner] * N + prey).T
+        self.spread, self.landmark_size = not prey, np.array(landmarks if prey else landmarks * N)
+        self.solid, self.forest = self.landmark_size == SOLID, self.landmark_size == FOREST
         self.body_size = np.concatenate([self.size, self.landmark_size[self.solid]])
-        self.obs_dims = (self.reset(seed).shape[-1],) * 3
+        self.obs_dims, self.action_dims = (self.reset(seed).shape[-1],) * N, (2,) * N
 
     def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Place everything at random, at rest; observations (N, K, obs_dim), float32."""
-        if seed is not None:
-            self.rng = np.random.default_rng(seed)
-        K, bound = self.num_episodes, 1.0 if self.task == "simple_spread" else 0.9
+        self.rng = self.rng if seed is None else np.random.default_rng(seed)
+        K, bound = self.num_episodes, 1.0 if self.spread else 0.9
         self.pos = self.rng.uniform(-1, 1, (K, len(self.size), 2))
         self.vel = np.zeros_like(self.pos)
         self.landmarks = self.rng.uniform(-bound, bound, (K, len(self.landmark_size), 2))
-        return self.observe(range(3))
+        return self.observe(range(self.num_agents))
 
     def observe(self, agents) -> np.ndarray:
         """Observations of these agents, (len(agents), K, obs_dim), float32.
 
-        Own velocity and position; landmarks, then other agents, relative to oneself; four zeros in
-        simple_spread, for hunters the prey's velocity; in simple_world 1 or -1: in a forest or not.
+        Own velocity and position; landmarks, then other agents, relative to oneself; in spread two
+        zeros for each of these, for hunters the prey's velocity; 1 or -1: in or out of a forest.
         """
-        K, everything = self.num_episodes, []
+        K, N, everything = self.num_episodes, self.num_agents, []
         for i in agents:
             own = self.pos[:, i, None]
-            others = [j for j in range(len(self.size)) if j != i]
-            parts = [self.vel[:, i], own, self.landmarks - own, self.pos[:, others] - own]
-            if self.task == "simple_spread":
-                parts += [np.zeros((K, 4))]
-            elif i < 3:
-                parts += [self.vel[:, 3]]
-            if len(self.forest):
-                depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
-                parts += [np.where(depth > 0, 1.0, -1.0)]
+            parts = [self.vel[:, i], own, self.landmarks - own, np.delete(self.pos, i, 1) - own]
+            parts += [np.zeros((K, 2 * N - 2)) if self.spread else self.vel[:, N]] if i < N else []
+            depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
+            parts += [np.where(depth > 0, 1.0, -1.0)]
             everything.append(np.concatenate([part.reshape(K, -1) for part in parts], axis=-1))
         return np.stack(everything).astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Advance by `action` (N, K, 2), without a `prey_policy` (A, K, 2); obs, reward (N, K)."""
         if self.prey_policy is not None:
-            action = np.concatenate([action, self.prey_policy(self.observe([3]))])
+            action = np.concatenate([action, self.prey_policy(self.observe([self.num_agents]))])
         force = action.transpose(1, 0, 2) * self.gain[:, None] + self.contact_force()
         self.vel = self.vel * (1 - self.damping) + force * self.dt
         speed = np.sqrt((self.vel**2).sum(axis=-1, keepdims=True))
         self.vel = self.vel * np.minimum(1, self.max_speed[:, None] / np.maximum(speed, 1e-12))
         self.pos = self.pos + self.vel * self.dt
-        return self.observe(range(3)), self.reward()
+        return self.observe(range(self.num_agents)), self.reward()
 
     def contact_force(self) -> np.ndarray:
         """Soft repulsion of overlapping bodies, (K, A, 2): a softplus of the overlap, times 100."""
@@ -379,16 +373,16 @@ class MPE:
 
     def reward(self) -> np.ndarray:
         """Rewards (N, K): closeness to the targets less collisions, or contacts with the prey."""
-        team, prey = self.pos[:, :3], self.pos[:, 3:]
-        if self.task == "simple_spread":
+        team, prey = np.split(self.pos, [self.num_agents], axis=1)
+        if self.spread:
             nearest = distance(team, self.landmarks).min(axis=1)  # (K, L), over the agents
             covered = np.minimum(1 / np.maximum(nearest, 1e-12), 10).sum(axis=-1)
             bumps = (distance(team, team) < 2 * self.size[0]).sum(axis=-1) - 1
             return covered - 5.0 * bumps.T
         gap = distance(team, prey)[..., 0]
-        caught = (gap < self.size[0] + self.size[3]).sum(axis=-1)
+        caught = (gap < self.size[0] + self.size[-1]).sum(axis=-1)
         shared = (10 if self.task == "simple_tag" else 5) * caught - 0.1 * gap.sum(axis=-1)
-        return np.tile(shared, (3, 1))
+        return np.tile(shared, (self.num_agents, 1))
 
 
 def load_prey(path: Path) -> Callable:
@@ -414,8 +408,7 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        obs = np.concatenate([envs[k].reset((seed, 0, 1)) for k, seed in enumerate(seeds)])
-        returns = 0.0
+        obs, returns = np.concatenate([envs[k].reset((s, 0, 1)) for k, s in enumerate(seeds)]), 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
             steps = [env.step(a) for env, a in zip(envs, np.split(action, len(envs)), strict=True)]
@@ -451,18 +444,15 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
             raise SystemExit(f"error: --{name.replace('_', '-')} must be 1 or more")
     with fail_as(f"--device {args.device} cannot be used"):
         device = torch.zeros(1, device=args.device).device
-    on_gpu = device.type == "cuda"
-    if on_gpu:  # a CUDA graph cannot be recorded on the default stream
+    if on_gpu := device.type == "cuda":  # a CUDA graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch.manual_seed(args.seed)
     seeds = range(args.seed, args.seed + args.num_seeds)
     envs = [MPE(args.task, args.eval_episodes) for _ in seeds]
     dataset = load_dataset(args.data_dir, args.task, args.quality, seeds, envs[0], device)
-    for env in envs if args.task != "simple_spread" else ():
+    for env in envs if not envs[0].spread else ():
         env.prey_policy = load_prey(Path(args.data_dir, args.task, "prey.npz").expanduser())
     num_agents, length, obs_dim = dataset["obs"].shape  # agents of all seeds, one large team
-    if length < args.batch_size:
-        raise SystemExit(f"error: --batch-size is more than the {length} transitions of the data")
     agents = torch.arange(num_agents, device=device)[:, None]
     sizes = num_agents, obs_dim, dataset["action"].shape[-1], args.hidden_dims
     # endregion setup_mpe
@@ -477,7 +467,7 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
     fast = {"fused": True, "capturable": True}
     policy_optimizer = torch.optim.Adam(policy.parameters(), step_size, **fast)
     critic_optimizer = torch.optim.Adam(critic.parameters(), step_size.clone(), **fast)
-    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
+    policy_schedule = torch.optim.lr_scheduler.LinearLR(policy_optimizer, 1, 0, args.num_updates)
 
     def update() -> dict[str, Tensor]:
         # A batch: the same transitions for all agents of a seed
@@ -573,7 +563,6 @@ def train(args: Args) -> tuple[DiffusionPolicy, np.ndarray]:
         torch.save(saved, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)  # at no moment is it half written
     writer.close()
-
     torch.save(policy.cpu().state_dict(), run_dir / "policy.pt")
     np.save(run_dir / "final_returns.npy", returns if args.num_seeds > 1 else returns[0])
     for seed, values in zip(seeds, returns, strict=True):

@@ -38,7 +38,6 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -242,12 +241,11 @@ def fail_as(message: str) -> Iterator[None]:
 
 
 def make_dataset(folder: Path, collector: str, flags: str) -> None:
-    """Have this repository's collector make a dataset that is missing, or say how to get it."""
-    for root in Path(__file__).resolve().parents:
-        if (root / "data" / collector).is_file() and not folder.exists():
+    """If a dataset is missing, have this repository's collector make it, or say how to get it."""
+    for path in (root / "data" / collector for root in Path(__file__).resolve().parents):
+        if path.is_file() and not folder.exists():
             print(f"there are no data in {folder}; data/{collector} makes them", flush=True)
-            command = [sys.executable, root / "data" / collector, *flags.split()]
-            subprocess.run([*command, "--data-dir", folder.parents[2]])
+            subprocess.run([sys.executable, path, *flags.split(), "--data-dir", folder.parents[2]])
     if not folder.is_dir():
         ways = f"`python data/{collector} {flags}`, `bash data/download.sh`"
         raise SystemExit(f"error: there are no data in {folder}: {ways} or docs/your-data.md helps")
@@ -258,8 +256,8 @@ def read_array(path: Path, length: int | None, width: int, low: float, high: flo
     with fail_as(f"{path} cannot be used"), path.open("rb") as file:
         values = torch.from_numpy(np.lib.format.read_array(file).astype(np.float32))
         values = values[:, None] if values.ndim == 1 else values
-        if values.shape != (length or len(values), width):
-            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T', width)}")
+        if values.shape != (length or max(len(values), 1), width):
+            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T>0', width)}")
         if not ((low <= values) & (values <= high)).all():
             raise ValueError(f"it holds NaN or numbers outside {low} to {high}")
     return values
@@ -275,8 +273,7 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
     dataset, length = {key: [] for key in FILES}, None
     for seed in seeds:
         folder = Path(data_dir, task, quality, f"seed_{seed}_data").expanduser()
-        if not folder.is_dir():
-            make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
+        make_dataset(folder, env.collector, f"--task {task} --quality {quality} --seed {seed}")
         for i, (key, name) in product(range(env.num_agents), FILES.items()):
             dims, limits = widths.get(key, [1] * env.num_agents), LIMITS.get(key, (-3e38, 3e38))
             values = read_array(folder / f"{name}_{i}.npy", length, dims[i], *limits)
@@ -375,8 +372,7 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        obs = np.concatenate([envs[k].reset((seed, 0, 1)) for k, seed in enumerate(seeds)])
-        returns = 0.0
+        obs, returns = np.concatenate([envs[k].reset((s, 0, 1)) for k, s in enumerate(seeds)]), 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
             steps = [env.step(a) for env, a in zip(envs, np.split(action, len(envs)), strict=True)]
@@ -412,16 +408,13 @@ def train(args: Args) -> tuple[OneStepPolicy, np.ndarray]:
             raise SystemExit(f"error: --{name.replace('_', '-')} must be 1 or more")
     with fail_as(f"--device {args.device} cannot be used"):
         device = torch.zeros(1, device=args.device).device
-    on_gpu = device.type == "cuda"
-    if on_gpu:  # a CUDA graph cannot be recorded on the default stream
+    if on_gpu := device.type == "cuda":  # a CUDA graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch.manual_seed(args.seed)
     seeds = range(args.seed, args.seed + args.num_seeds)
     envs = [MaMuJoCo(args.task, args.eval_episodes) for _ in seeds]
     dataset = load_dataset(args.data_dir, args.task, args.quality, seeds, envs[0], device)
     num_agents, length, obs_dim = dataset["obs"].shape  # agents of all seeds, one large team
-    if length < args.batch_size:
-        raise SystemExit(f"error: --batch-size is more than the {length} transitions of the data")
     agents = torch.arange(num_agents, device=device)[:, None]
     sizes = num_agents, obs_dim, dataset["action"].shape[-1], args.hidden_dims
     # endregion setup_mamujoco
@@ -438,7 +431,7 @@ def train(args: Args) -> tuple[OneStepPolicy, np.ndarray]:
     fast = {"fused": True, "capturable": True}
     policy_optimizer = torch.optim.Adam(policy.parameters(), step_size, **fast)
     critic_optimizer = torch.optim.Adam(critic.parameters(), step_size.clone(), **fast)
-    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
+    policy_schedule = torch.optim.lr_scheduler.LinearLR(policy_optimizer, 1, 0, args.num_updates)
 
     def update() -> dict[str, Tensor]:
         # A batch: the same transitions for all agents of a seed
@@ -531,7 +524,6 @@ def train(args: Args) -> tuple[OneStepPolicy, np.ndarray]:
         torch.save(saved, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)  # at no moment is it half written
     writer.close()
-
     torch.save(policy.cpu().state_dict(), run_dir / "policy.pt")
     np.save(run_dir / "final_returns.npy", returns if args.num_seeds > 1 else returns[0])
     for seed, values in zip(seeds, returns, strict=True):

@@ -40,7 +40,6 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -299,8 +298,8 @@ def read_array(path: Path, length: int | None, width: int, low: float, high: flo
     with fail_as(f"{path} cannot be used"), path.open("rb") as file:
         values = torch.from_numpy(np.lib.format.read_array(file).astype(np.float32))
         values = values[:, None] if values.ndim == 1 else values
-        if values.shape != (length or len(values), width):
-            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T', width)}")
+        if values.shape != (length or max(len(values), 1), width):
+            raise ValueError(f"its shape is {tuple(values.shape)}, not {(length or 'T>0', width)}")
         if not ((low <= values) & (values <= high)).all():
             raise ValueError(f"it holds NaN or numbers outside {low} to {high}")
     return values
@@ -478,7 +477,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
     fast = {"fused": True, "capturable": True}
     policy_optimizer = torch.optim.Adam(policy.parameters(), step_size, **fast)
     critic_optimizer = torch.optim.Adam(critic.parameters(), step_size.clone(), **fast)
-    policy_schedule = LinearLR(policy_optimizer, 1.0, 0.0, args.num_updates)
+    policy_schedule = torch.optim.lr_scheduler.LinearLR(policy_optimizer, 1, 0, args.num_updates)
 
     def update() -> dict[str, Tensor]:
         # A batch: the same transitions for all agents of a seed

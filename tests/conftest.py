@@ -94,7 +94,7 @@ def make_data():
 
     make_data(folder, task, quality, transitions, seed) fills folder/<task>/<quality>/
     seed_<seed>_data/, where folder is a --data-dir, and adds a random prey where the task needs
-    one. It returns the float32 arrays (3, T, ...) under the files' names: obs, acs, rews, ...
+    one. It returns the float32 arrays (N, T, ...) under the files' names: obs, acs, rews, ...
     """
     import om2p_mpe
 
@@ -102,20 +102,20 @@ def make_data():
         folder, seeds = Path(folder) / task, [seed, *quality.encode()]
         env = om2p_mpe.MPE(task, -(-transitions // om2p_mpe.MPE.horizon), seeds)
         rng = np.random.default_rng(seeds)
-        if task != "simple_spread":
+        if not env.spread:
             path = write_prey(folder, env.observe([3]).shape[-1])
             env.prey_policy = om2p_mpe.load_prey(path)
         obs, rows = env.reset(), []
         for _ in range(env.horizon):
-            action = rng.uniform(-1, 1, (3, env.num_episodes, 2))
+            action = rng.uniform(-1, 1, (env.num_agents, env.num_episodes, 2))
             next_obs, reward = env.step(action)
             rows.append((obs, action, reward, next_obs, np.zeros_like(reward)))
             obs = next_obs
         data = {}
         names = ("obs", "acs", "rews", "next_obs", "dones")
         for name, column in zip(names, zip(*rows, strict=True), strict=True):
-            column = np.stack(column, axis=2)  # (3, K, 25, ...)
-            column = column.reshape(3, -1, *column.shape[3:])[:, :transitions]
+            column = np.stack(column, axis=2)  # (N, K, 25, ...)
+            column = column.reshape(env.num_agents, -1, *column.shape[3:])[:, :transitions]
             data[name] = column.astype(np.float32)
         seed_folder = folder / quality / f"seed_{seed}_data"
         seed_folder.mkdir(parents=True)

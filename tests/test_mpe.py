@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from mpe2.simple_spread.simple_spread import Scenario as Spread
 from mpe2.simple_tag.simple_tag import Scenario as Tag
 from mpe2.simple_world_comm.simple_world_comm import Scenario as World
@@ -22,10 +23,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from om2p_mpe import MPE, evaluate, normalized_score
 
-TASKS = ("simple_spread", "simple_tag", "simple_world")
-GOLDEN = [f"{task}{kind}" for task in TASKS for kind in ("", "_stress")]
+TASKS = ("simple_spread", "simple_spread-5", "simple_tag", "simple_world")
+GOLDEN = [f"{task}{kind}" for task in TASKS if "-" not in task for kind in ("", "_stress")]
 SCENARIOS = {
     "simple_spread": (Spread, ()),
+    "simple_spread-5": (Spread, (5,)),
     "simple_tag": (Tag, (1, 3, 2)),
     "simple_world": (World, (1, 3, 1, 2, 2)),
 }
@@ -39,7 +41,7 @@ def flee(obs):
 
 def make_env(task, num_episodes, seed=0):
     """An environment with a prey, if it needs one, that is a function of its observation."""
-    return MPE(task, num_episodes, seed, None if task == "simple_spread" else flee)
+    return MPE(task, num_episodes, seed, None if "spread" in task else flee)
 
 
 def crowd(task, num_episodes=40):
@@ -115,7 +117,7 @@ def state_of(world):
 
 
 def with_prey(env, action):
-    """The learners' actions and the prey's: (3, K, 2) -> (K, A, 2)."""
+    """The learners' actions and the prey's: (N, K, 2) -> (K, A, 2)."""
     if env.prey_policy is not None:
         action = np.concatenate([action, env.prey_policy(env.observe([3]))])
     return action.transpose(1, 0, 2)
@@ -125,7 +127,7 @@ def with_prey(env, action):
 def test_one_step_of_mpe2(task):
     """mpe2's own step gives our velocities; its positions lag, as they move by the old ones."""
     env, (_, world) = crowd(task), mpe2_world(task)
-    action = np.random.default_rng(1).uniform(-1, 1, (3, env.num_episodes, 2))
+    action = np.random.default_rng(1).uniform(-1, 1, (env.num_agents, env.num_episodes, 2))
     before, everyone = copy(env), with_prey(env, action)
     env.step(action)
     for k in range(env.num_episodes):
@@ -145,6 +147,7 @@ def test_whole_episodes_of_mpe2(task):
     """
     env, (scenario, world) = crowd(task, num_episodes=6), mpe2_world(task)
     integrate, first, records = world.integrate_state, copy(env), []
+    shape = env.horizon, env.num_agents, env.num_episodes, 2
 
     def velocity_first(force):
         before = [agent.state.p_pos.copy() for agent in world.agents]
@@ -153,7 +156,7 @@ def test_whole_episodes_of_mpe2(task):
             agent.state.p_pos = pos + agent.state.p_vel * world.dt
 
     world.integrate_state = velocity_first
-    for action in np.random.default_rng(2).uniform(-1, 1, (25, 3, env.num_episodes, 2)):
+    for action in np.random.default_rng(2).uniform(-1, 1, shape):
         everyone = with_prey(env, action)
         _, reward = env.step(action)
         obs = [env.observe([i])[0] for i in range(len(world.agents))]
@@ -167,14 +170,15 @@ def test_whole_episodes_of_mpe2(task):
                 expected = scenario.observation(agent, world)[: obs[i].shape[-1]]
                 assert_allclose(obs[i][k], expected, rtol=0, atol=1e-6)
                 expected = omar_reward(task, scenario, world, agent)
-                assert i == 3 or reward[i, k] == pytest.approx(expected)
+                assert i == env.num_agents or reward[i, k] == pytest.approx(expected)
 
 
 def omar_reward(task, scenario, world, agent):
     """OMAR's reward with mpe2's count of contacts; see the top of this file."""
     points = np.stack([entity.state.p_pos for entity in world.entities])
-    if task == "simple_spread":
-        gap = np.linalg.norm(points[3:, None] - points[:3], axis=-1).min(axis=-1)
+    if "spread" in task:
+        agents, targets = np.split(points, 2)
+        gap = np.linalg.norm(targets[:, None] - agents, axis=-1).min(axis=-1)
         return np.minimum(1 / gap, 10).sum() + 5 * scenario.reward(agent, world)
     contacts = sum(scenario.benchmark_data(hunter, world) for hunter in world.agents[:3])
     gap = np.linalg.norm(points[:3] - points[3], axis=-1).sum()
@@ -184,9 +188,9 @@ def omar_reward(task, scenario, world, agent):
 @all_tasks
 def test_initial_states_are_distributed_as_in_mpe2(task):
     """Everything starts at rest and uniformly, landmarks of tag and world in a smaller square."""
-    env, (scenario, world) = make_env(task, 2_000), mpe2_world(task)
+    env, (scenario, world) = make_env(task, 4_000), mpe2_world(task)
     rng, agents, landmarks = np.random.default_rng(0), [], []
-    for _ in range(1_000):
+    for _ in range(2_000):
         scenario.reset_world(world, rng)
         agents.append([agent.state.p_pos for agent in world.agents])
         landmarks.append([landmark.state.p_pos for landmark in world.landmarks])
@@ -205,15 +209,15 @@ def test_initial_states_are_distributed_as_in_mpe2(task):
 @all_tasks
 def test_shapes_and_types(task):
     """What the scripts rely on: names, shapes, float32 observations, float64 states."""
-    env = make_env(task, 7)
-    assert (env.num_agents, env.horizon, env.action_dims) == (3, 25, (2, 2, 2))
+    env, N = make_env(task, 7), 5 if task == "simple_spread-5" else 3
+    assert (env.num_agents, env.horizon, env.action_dims) == (N, 25, (2,) * N)
     obs = env.reset(0)
-    next_obs, reward = env.step(np.zeros((3, 7, 2), np.float32))
-    width = {"simple_spread": 18, "simple_tag": 16, "simple_world": 24}[task]
-    assert env.obs_dims == (width,) * 3
-    assert obs.shape == next_obs.shape == (3, 7, width)
+    next_obs, reward = env.step(np.zeros((N, 7, 2), np.float32))
+    widths = {"simple_spread": 18, "simple_spread-5": 30, "simple_tag": 16, "simple_world": 24}
+    assert env.obs_dims == (widths[task],) * N
+    assert obs.shape == next_obs.shape == (N, 7, widths[task])
     assert obs.dtype == next_obs.dtype == np.float32
-    assert reward.shape == (3, 7)
+    assert reward.shape == (N, 7)
     assert env.pos.dtype == env.vel.dtype == env.landmarks.dtype == np.float64
 
 
@@ -221,7 +225,7 @@ def test_shapes_and_types(task):
 def test_reset_repeats_with_its_seed(task):
     """A seed gives one sequence of initial states, whatever was played before."""
     env = make_env(task, 5, seed=3)
-    first = env.observe(range(3))
+    first = env.observe(range(env.num_agents))
     second = env.reset()
     assert_array_equal(env.reset(3), first)
     assert_array_equal(env.reset(), second)
@@ -238,7 +242,7 @@ def test_episodes_at_once_equal_episodes_alone(task):
         for name in ("pos", "vel", "landmarks"):
             setattr(single, name, getattr(env, name)[k : k + 1])
     for _ in range(env.horizon):
-        action = rng.uniform(-1, 1, (3, 5, 2))
+        action = rng.uniform(-1, 1, (env.num_agents, 5, 2))
         obs, reward = env.step(action)
         for k, single in enumerate(alone):
             one_obs, one_reward = single.step(action[:, k : k + 1])
@@ -249,13 +253,47 @@ def test_episodes_at_once_equal_episodes_alone(task):
 @all_tasks
 def test_everybody_in_one_place(task):
     """Coincident bodies push nobody and divide by no zero; a covered target pays 10 a step."""
-    env = make_env(task, 2)
+    env, N = make_env(task, 2), 5 if task == "simple_spread-5" else 3
     env.pos, env.landmarks = np.zeros_like(env.pos), np.zeros_like(env.landmarks)
     with np.errstate(all="raise", under="ignore"):
-        obs, reward = env.step(np.zeros((3, 2, 2)))
+        obs, reward = env.step(np.zeros((N, 2, 2)))
     assert np.isfinite(obs).all()
-    expected = {"simple_spread": 30 - 10, "simple_tag": 30, "simple_world": 15}[task]
-    assert_allclose(reward, np.full((3, 2), expected))
+    expected = {"simple_tag": 30, "simple_world": 15}.get(task, 10 * N - 5 * (N - 1))
+    assert_allclose(reward, np.full((N, 2), expected))
+
+
+@pytest.mark.parametrize("N", [1, 2, 7])
+def test_teams_of_other_sizes(N):
+    """Each agent sees N targets, the N - 1 others and two zeros for each of these."""
+    env = MPE(f"simple_spread-{N}", 4)
+    obs, reward = env.step(np.zeros((N, 4, 2)))
+    assert (obs.shape, reward.shape) == ((N, 4, 4 + 2 * N + 4 * (N - 1)), (N, 4))
+    for i in range(N):
+        others = [j for j in range(N) if j != i]
+        parts = [env.vel[:, i], env.pos[:, i]]
+        parts += [env.landmarks[:, k] - env.pos[:, i] for k in range(N)]
+        parts += [env.pos[:, j] - env.pos[:, i] for j in others]
+        parts += [np.zeros((4, 2)) for _ in others]
+        assert_allclose(obs[i], np.concatenate(parts, axis=1), rtol=0, atol=1e-6)
+
+
+def test_three_agents_by_number():
+    """simple_spread-3 is simple_spread under another name."""
+    one, two = (MPE(task, 5) for task in ("simple_spread", "simple_spread-3"))
+    action = np.random.default_rng(0).uniform(-1, 1, (3, 5, 2))
+    for x, y in zip(one.step(action), two.step(action), strict=True):
+        assert_array_equal(x, y)
+
+
+UNKNOWN = ("", "simple", "simple_push", "simple_tag-5", "simple_world-3", "spread-5")
+UNKNOWN += tuple(f"simple_spread{end}" for end in ("-", "-x", "-0", "-05", "--5", "-5-5", "5"))
+
+
+@pytest.mark.parametrize("task", UNKNOWN)
+def test_unknown_task(task):
+    """One line names it, and the ones that there are."""
+    message = refusal(MPE, task, 1)
+    assert f"--task {task} is not simple_spread, simple_tag, simple_world or" in message
 
 
 # Returns
@@ -272,7 +310,12 @@ def test_random_policy_on_simple_spread():
 SCALE = {"simple_spread": (159.8, 516.8), "simple_tag": (-4.1, 185.6), "simple_world": (-6.8, 79.5)}
 
 
-@all_tasks
+def test_no_score_without_public_data():
+    """The score of a team of another size is NaN."""
+    assert np.isnan(normalized_score("simple_spread-5", 300.0))
+
+
+@pytest.mark.parametrize("task", SCALE)
 def test_normalized_score(task):
     """0 for the public random data, 100 for the public expert data, linear in between."""
     low, high = SCALE[task]

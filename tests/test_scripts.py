@@ -262,15 +262,31 @@ def test_gpu(script, tmp_path, monkeypatch):
     assert {value.device.type for value in resumed.values()} == {"cpu"}
 
 
-def test_bad_task(om2p, tmp_path, monkeypatch, capsys):
-    """A task that does not exist is named in the error, and no run directory is made."""
-    line = om2p.flags(run_dir=tmp_path / "runs", task="Walker-9x9")
-    monkeypatch.setattr(sys, "argv", [om2p.path.name, *line])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(om2p.path), run_name="__main__")
-    assert stop.value.code
-    assert "Walker-9x9" in f"{stop.value.code} {capsys.readouterr().err}"
+@pytest.mark.parametrize("task", ["Walker-9x9", "simple_tag-5", "simple_spread-0"])
+def test_bad_task(task, script, tmp_path, monkeypatch, capsys):
+    """A task that does not exist is named in the error's line, and no run directory is made."""
+    line = script.flags(run_dir=tmp_path / "runs", task=task)
+    monkeypatch.setattr(sys, "argv", [script.path.name, *line])
+    with pytest.raises(SystemExit, match=rf"^error: --task {task} is not .*$") as stop:
+        runpy.run_path(str(script.path), run_name="__main__")
+    assert "\n" not in stop.value.code
     assert not (tmp_path / "runs").exists()
+
+
+def test_five_agents(mpe, make_data, tmp_path, capsys):
+    """A team of five on data of five: five policies, and a score that is NaN."""
+    make_data(tmp_path, "simple_spread-5", "random", 100)
+    changes = {"task": "simple_spread-5", "quality": "random", "data_dir": tmp_path}
+    mpe.train(tmp_path / "runs", **changes)
+    folder = tmp_path / "runs/simple_spread-5-random/om2p_mpe/seed-0"
+    assert {len(values) for values in weights(folder).values()} == {5}
+    assert [row["score"] for row in metrics(folder)] == ["nan", "nan"]
+    assert "normalized score nan" in capsys.readouterr().out
+
+
+def test_batch_larger_than_the_data(om2p, tmp_path):
+    """Batches are drawn with replacement, so that any number of transitions will do."""
+    om2p.train(tmp_path, batch_size=501)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +295,7 @@ def test_bad_task(om2p, tmp_path, monkeypatch, capsys):
         ({"num_updates": 0}, "--num-updates"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"eval_episodes": -1}, "--eval-episodes"),
-        ({"batch_size": 501}, "500 transitions"),
+        ({"batch_size": 0}, "--batch-size"),
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"quality": "perfect"}, "perfect/seed_0_data"),
         ({"num_seeds": 3}, "seed_2_data"),
