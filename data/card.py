@@ -12,6 +12,7 @@ observations whose components have standard deviations that differ by more than 
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -37,6 +38,7 @@ ONE_SEED = {  # mean and standard deviation by OG-MARL's card, in the same order
     "HalfCheetah-2x3": ("3338.7 ± 252.6", "1568.9 ± 273.4", "423.5 ± 655.7", "-282.9 ± 77.5"),
 }
 HORIZONS = {"simple_spread": 25, "simple_tag": 25, "simple_world": 25, "HalfCheetah-2x3": 1_000}
+OTHER_TEAM = re.compile(r"(simple_spread)-[1-9]\d*")  # of another size, without public data
 
 
 @dataclass
@@ -125,12 +127,11 @@ def describe(folder: Path, horizon: int | None = None) -> tuple[dict, np.ndarray
     """The card, {what: number or text}, and the episodes' returns (K,), mean over agents."""
     files, names = read_files(folder), folder.resolve().parts[::-1]
     names = ["HalfCheetah-2x3" if name == "HalfCheetah-v2" else name for name in names]
-    task, quality = (
-        next((x for x in names if x in known), None) for known in (HORIZONS, QUALITIES)
-    )
+    task = next((x for x in names if x in HORIZONS or OTHER_TEAM.fullmatch(x)), None)
+    quality = next((x for x in names if x in QUALITIES), None)
     num_rows = len(files["obs"][0])
     done = np.any([array != 0 for array in files["done"]], axis=0)
-    horizon = horizon or HORIZONS.get(task, math.inf)
+    horizon = horizon or HORIZONS.get(OTHER_TEAM.sub(r"\1", task or ""), math.inf)
     every = some = np.ones(num_rows - 1, bool)
     if "next_obs" in files:
         pairs = zip(files["obs"], files["next_obs"], strict=True)
@@ -172,7 +173,7 @@ def describe(folder: Path, horizon: int | None = None) -> tuple[dict, np.ndarray
     card |= {"warning": warning} if warning else {}
     if len(returns):
         card["return"] = f"{returns.mean():.2f} ± {returns.std():.2f}, {len(returns)} episodes"
-    if task and quality:
+    if task in PUBLIC_RETURNS and quality:
         card["public return"] = PUBLIC_RETURNS[task][quality]
         card["public return, one seed"] = ONE_SEED[task][QUALITIES.index(quality)]
     return card, returns

@@ -10,6 +10,8 @@ other, as in OM2P's release.
 
     python data/collect_mpe.py --task simple_spread --quality expert --seed 0
 
+Teams of another size, as simple_spread-5, have `random` data at once; for other qualities their
+behaviour is trained first, by the command that the error names.
 A dataset goes to data/<task>/<quality>/seed_<seed>_data/ as {obs,acs,rews,next_obs,dones}_{i}.npy,
 float32, episodes of 25 rows one after the other, `dones` all zero as in the public data, with a
 card in `card.json`. The same seed gives the same bytes on the same platform.
@@ -41,8 +43,8 @@ Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert"
 
 @dataclass
 class Args:
-    task: Literal["simple_spread", "simple_tag", "simple_world"] = "simple_spread"
-    """the task"""
+    task: str = "simple_spread"
+    """simple_spread, simple_tag, simple_world, or simple_spread-5 with five agents and targets"""
     quality: Quality = "expert"
     """whose behaviour is recorded"""
     seed: int = 0
@@ -93,7 +95,7 @@ def find_prey(task: str, data_dir: Path) -> tuple[Callable | None, str]:
 
     A missing one is made: of OMAR's checkpoint if it is there, else of this project's fit of it.
     """
-    if task == "simple_spread":
+    if task.startswith("simple_spread"):
         return None, "none"
     path, own = data_dir / task / "prey.npz", dict(np.load(BEHAVIOR_DIR / f"{task}_prey.npz"))
     original = path.with_name("pretrained_adv_model.pt")
@@ -217,6 +219,7 @@ def collect_mpe(args: Args) -> dict:
     """Write one dataset and return its card."""
     if args.num_transitions % MPE.horizon:
         raise SystemExit(f"error: --num-transitions must be a multiple of {MPE.horizon}")
+    env = MPE(args.task, 1)
     prey_policy, prey = find_prey(args.task, args.data_dir)
 
     def record(policies: list) -> dict[str, np.ndarray]:
@@ -231,11 +234,11 @@ def collect_mpe(args: Args) -> dict:
         ]
         chunks = []
         for k, (policy, size) in enumerate(tqdm(parts, desc="roll-outs", disable=None)):
-            env = MPE(args.task, size, (args.seed, k), prey_policy)
-            chunks.append(roll_out(env, policy, args.noise))
+            world = MPE(args.task, size, (args.seed, k), prey_policy)
+            chunks.append(roll_out(world, policy, args.noise))
         return {key: np.concatenate([chunk.pop(key) for chunk in chunks], axis=1) for key in FILES}
 
-    return collect(args, MPE(args.task, 1), record, prey)
+    return collect(args, env, record, prey)
 
 
 def main(collect: Callable, args) -> None:

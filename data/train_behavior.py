@@ -9,8 +9,8 @@ outputs keeps actions from saturating, which ends learning in simple_spread.
     python data/train_behavior.py --task simple_tag
 
 ends at the public expert's return or after --train-steps, and writes runs/behavior/simple_tag.npz;
-the collectors use data/behavior/simple_tag.npz. The training is saved on the way, and a stopped one
-goes on from there.
+the collectors use data/behavior/simple_tag.npz. Tasks without public data, as simple_spread-5, end
+after --train-steps. The training is saved on the way, and a stopped one goes on from there.
 """
 
 import math
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from om2p_mpe import BODIES, MPE, Critic, fail_as
+from om2p_mpe import MPE, Critic, fail_as
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_INTERVAL = 4  # checks
@@ -38,7 +38,7 @@ SAVE_INTERVAL = 4  # checks
 @dataclass
 class Args:
     task: str = "simple_tag"
-    """a particle task, or <robot>-<partition> of MaMuJoCo"""
+    """a particle task, as simple_tag or simple_spread-5, or <robot>-<partition> of MaMuJoCo"""
     seed: int = 0
     """seed of networks, initial states and noise, 0 or more"""
     noise: float = 0.1
@@ -91,12 +91,19 @@ MUJOCO = Settings(
 )
 
 
+def is_particles(task: str) -> bool:
+    """Whether a task's name is one of the particle environments', or would be."""
+    return task.startswith("simple_")
+
+
 def make_envs(args: Args, settings: Settings) -> tuple:
     """The environments to train in and to check in."""
     sizes, seeds = (settings.num_envs, settings.check_episodes), (args.seed, args.seed + 1)
-    if args.task in BODIES:
-        prey_policy, _ = find_prey(args.task, args.data_dir)
-        return tuple(MPE(args.task, *pair, prey_policy) for pair in zip(sizes, seeds, strict=True))
+    if is_particles(args.task):
+        envs = tuple(MPE(args.task, *pair) for pair in zip(sizes, seeds, strict=True))
+        for env in envs:
+            env.prey_policy, _ = find_prey(args.task, args.data_dir)
+        return envs
     from om2p_mamujoco import MaMuJoCo
 
     return tuple(MaMuJoCo(args.task, *pair) for pair in zip(sizes, seeds, strict=True))
@@ -133,7 +140,7 @@ def choose_stages(returns: np.ndarray, random: float, public: dict, by_mean: boo
 
 def train(args: Args) -> Path:
     """Train, save the stages as `collect_mpe.load_behavior` reads them, and return the file."""
-    is_mpe = args.task in BODIES
+    is_mpe = is_particles(args.task)
     settings, public = Settings() if is_mpe else MUJOCO, PUBLIC_RETURNS.get(args.task, {})
     total, goal = args.train_steps or settings.train_steps, public.get("expert", math.inf)
     if args.seed < 0 or not 0 <= args.noise <= 1 or total < settings.check_interval:
@@ -147,6 +154,8 @@ def train(args: Args) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     env, check_env = make_envs(args, settings)
+    if not public:
+        print(f"no public return of {args.task} to stop at: {total:,} steps", flush=True)
     N, obs_dim, action_dim = env.num_agents, max(env.obs_dims), max(env.action_dims)
     mask = torch.zeros(N, 1, action_dim)  # 0 where an agent's action is padding
     for i, width in enumerate(env.action_dims):

@@ -84,10 +84,16 @@ def test_training_resumes_and_its_policies_play(monkeypatch, tmp_path, capsys):
     assert means[0] < means[1] <= means[2]
 
 
-def test_training_in_the_particle_tasks(monkeypatch, tmp_path):
+@pytest.fixture
+def small(monkeypatch):
+    """Settings with which a particle task is trained in a moment."""
+    settings = [10, 20, 500, 500]
+    settings = train_behavior.Settings(*settings, train_steps=1_000, recent=400, batch_size=32)
+    monkeypatch.setattr(train_behavior, "Settings", lambda: settings)
+
+
+def test_training_in_the_particle_tasks(small, tmp_path):
     """A few updates change the policies, and write the same format as the tracked files."""
-    small = train_behavior.Settings(10, 20, 500, 500, train_steps=1_000, recent=400, batch_size=32)
-    monkeypatch.setattr(train_behavior, "Settings", lambda: small)
     out = tmp_path / "new/simple_tag.npz"
     train_behavior.train(train_behavior.Args("simple_tag", out=out, data_dir=tmp_path))
     new, tracked = np.load(out), np.load(ROOT / "data/behavior/simple_tag.npz")
@@ -95,6 +101,25 @@ def test_training_in_the_particle_tasks(monkeypatch, tmp_path):
     for key in tracked:
         assert (new[key].dtype, new[key].shape[1:]) == (tracked[key].dtype, tracked[key].shape[1:])
     assert new["expert_step"] in (0, 500)
+
+
+def test_training_of_another_team(small, monkeypatch, tmp_path, capsys):
+    """Five agents, without public returns, are trained to the last step; then they are recorded."""
+    out = tmp_path / "simple_spread-5.npz"
+    train_behavior.train(train_behavior.Args("simple_spread-5", out=out, data_dir=tmp_path))
+    assert "no public return of simple_spread-5 to stop at: 1,000" in capsys.readouterr().out
+    assert len(np.load(out)["expert_0"][0]) == 5
+    monkeypatch.setattr(collect_mpe, "BEHAVIOR_DIR", tmp_path)
+    facts, files = collect(tmp_path, "simple_spread-5", "expert", 250)
+    assert "1 snapshot(s)" in facts["behaviour"]
+    assert files["obs_4"].shape == (250, 30)
+
+
+@pytest.mark.parametrize("task", ["simple_tag-5", "simple_push", "Cat-2x2"])
+def test_bad_task(task, tmp_path):
+    """One line names it."""
+    args = train_behavior.Args(task, out=tmp_path / "x.npz", data_dir=tmp_path)
+    assert f"--task {task}" in refusal(train_behavior.train, args)
 
 
 @pytest.mark.parametrize("settings", [{"train_steps": 1}, {"seed": -1}, {"noise": 2.0}], ids=str)

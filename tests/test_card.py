@@ -168,6 +168,8 @@ def test_horizon(dataset):
         ("simple_spread/medium-replay/seed_0_data", "simple_spread, medium-replay", 194.2),
         ("expert/simple_tag/random", "simple_tag, random", -4.1),
         ("HalfCheetah-v2/random/seed_3_data", "HalfCheetah-2x3, random", -284.0),
+        ("simple_spread-5/random/seed_0_data", "simple_spread-5, random", None),
+        ("simple_spread-x/random/seed_0_data", "unknown task, random", None),
         ("Hopper-3x1/medium", "unknown task, medium", None),
     ],
 )

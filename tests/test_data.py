@@ -113,6 +113,7 @@ BAD_FILES = {
     "an archive": ("obs_0", lambda path: np.savez(path.open("wb"), x=1), "cannot be used"),
     "strings": ("rews_1", change(lambda x: np.full(60, "a")), "cannot be used"),
     "code": ("acs_0", change(lambda x: np.array([Code(Path("ran"))] * 60)), "cannot be used"),
+    "empty": ("obs_0", change(lambda x: x[:0]), "its shape is (0, "),
     "too wide": ("acs_0", change(lambda x: np.tile(x, 2)), "its shape is (60, "),
     "rewards of all agents": ("rews_0", change(lambda x: np.ones((60, 3))), "not (60, 1)"),
     "short": ("dones_1", change(lambda x: x[:-1]), "its shape is (59, 1), not (60, 1)"),
@@ -357,6 +358,8 @@ def test_interrupted_collection_leaves_nothing(error, monkeypatch, tmp_path):
         ({"transitions": 49, "task": "Reacher-2x1"}, "less than an episode"),
         ({"seed": -1}, "--seed"),
         ({"noise": 1.5}, "--noise"),
+        ({"task": "simple_tag-5"}, "--task simple_tag-5"),
+        ({"task": "simple_spread-0"}, "--task simple_spread-0"),
         ({"task": "Cat-2x2"}, "--task Cat-2x2"),
         ({"task": "Cat-2x2"}, "see docs/your-data.md"),
     ],
@@ -368,12 +371,26 @@ def test_bad_settings(settings, reason, tmp_path):
     assert list(tmp_path.rglob("obs_0.npy")) == []
 
 
-def test_missing_behavior(tmp_path):
+@pytest.mark.parametrize("task", ["Swimmer-2x1", "simple_spread-5"])
+def test_missing_behavior(task, tmp_path):
     """The line is the command that trains it, to where the collector looks for it."""
-    message = refusal(lambda: collect(tmp_path, task="Swimmer-2x1", quality="expert"))
+    message = refusal(lambda: collect(tmp_path, task=task, quality="expert"))
     command = re.search(r"`python data/train_behavior.py (.*?)`", message)[1]
     args = tyro.cli(train_behavior.Args, args=command.split())
-    assert (args.task, args.out) == ("Swimmer-2x1", BEHAVIOR / "Swimmer-2x1.npz")
+    assert (args.task, args.out) == (task, BEHAVIOR / f"{task}.npz")
+
+
+def test_team_of_five(tmp_path):
+    """Random data of five agents, at once; the card has no public return beside theirs."""
+    facts, files = collect(tmp_path, "simple_spread-5", transitions=250)
+    assert (facts["episodes"], facts["public data's return mean"]) == (10, None)
+    assert {name: x.shape for name, x in files.items() if name.startswith("obs")} == {
+        f"obs_{i}": (250, 30) for i in range(5)
+    }
+    described, _ = card.describe(tmp_path / "simple_spread-5/random/seed_0_data")
+    assert described["return"].startswith(f"{facts['return mean']:.2f}")
+    assert described["dataset"] == "simple_spread-5, random"
+    assert not [key for key in described if "public" in key]
 
 
 @pytest.mark.parametrize("task", ["simple_tag", "Reacher-2x1"])
