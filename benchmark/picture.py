@@ -15,7 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from watch import AGENT_COLORS, draw_landmarks, load_team, stop
+from watch import agent_color, draw_landmarks, load_team, stop
 
 
 @dataclass
@@ -55,7 +55,7 @@ def main(args: Args) -> None:
         for k, panel in enumerate(panels):
             draw_landmarks(panel, team.module, env, k)
             for agent in range(path.shape[2]):
-                color = AGENT_COLORS[agent]
+                color = agent_color(env, agent)
                 panel.plot(*path[k, :, agent].T, color=color, lw=1.2, zorder=2)
                 end = path[k, -1, agent]
                 panel.add_patch(plt.Circle(end, env.size[agent], color=color, alpha=0.8, zorder=3))

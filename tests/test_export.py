@@ -102,6 +102,15 @@ def test_a_run(train, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert result.stdout == "torch.Size([3, 2])\n", result.stderr
 
 
+def test_five_agents(train, tmp_path):  # noqa: F811
+    """A team of another size is exported, too."""
+    run_dir, policy, _ = train("om2p", "simple_spread-5")
+    export.main(export.Args(run_dir, tmp_path / "team.pt2"))
+    team, obs, noise = loader.Team(tmp_path / "team.pt2"), torch.randn(5, 30), torch.randn(5, 2)
+    expected = policy.act(obs[:, None], noise[:, None])[:, 0].detach()
+    torch.testing.assert_close(team(obs, noise), expected)
+
+
 @pytest.mark.parametrize("changes", [{"out": Path("x.onnx")}, {"samples": 0}, {"noise_scale": -1}])
 def test_bad_settings(changes, tmp_path):
     """One line that names the flag, no file."""

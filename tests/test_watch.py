@@ -83,6 +83,15 @@ def test_film_of_particles(train, tmp_path, capsys, monkeypatch):
     assert "cannot be written" in refusal(watch.main, args)
 
 
+def test_film_of_five_particles(train, tmp_path):
+    """Five agents play and are drawn, each in a colour of its own, none in the prey's."""
+    run_dir, out = train("om2p", "simple_spread-5")[0], tmp_path / "team.gif"
+    watch.main(watch.Args(run_dir, out, size=60, steps=2))
+    assert len(imageio.mimread(out)) == 3
+    env = watch.load_team(run_dir, 1).env
+    assert len({watch.agent_color(env, i) for i in range(5)} - {"tab:red"}) == 5
+
+
 def test_film_of_a_robot(train, tmp_path):
     """One picture every --every steps, where MuJoCo can draw."""
     run_dir, out = train("om2p", "Reacher-2x1")[0], tmp_path / "team.gif"

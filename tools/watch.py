@@ -44,7 +44,7 @@ class Args:
 
 
 WRITING = {"xycoords": "axes fraction", "fontsize": 4.5}
-AGENT_COLORS = ("C0", "C1", "C4", "tab:red")  # of particles, the last one is the prey
+AGENT_COLORS = ("C0", "C1", "C4", "C5", "C9", "C8", "C6")  # of particles, again from the 8th on
 
 
 def stop(message: str):
@@ -106,6 +106,11 @@ def load_team(run_dir: Path, num_episodes=None, seed: int | None = None, data_di
     return SimpleNamespace(env=env, policy=policy, settings=settings, module=module, seed=seed)
 
 
+def agent_color(env, agent: int) -> str:
+    """The colour of a particle; the prey, which comes after those that learn, is red."""
+    return AGENT_COLORS[agent % len(AGENT_COLORS)] if agent < env.num_agents else "tab:red"
+
+
 def draw_landmarks(panel, module, env, k: int) -> None:
     """Draw the targets, or obstacles, food and forests, of one particle world."""
     from matplotlib.patches import Circle
@@ -125,7 +130,7 @@ def draw_particles(team, panels, _):
     for k, panel in enumerate(panels):
         draw_landmarks(panel, team.module, env, k)
         for agent, radius in enumerate(env.size):
-            disc = Circle((0, 0), radius, color=AGENT_COLORS[agent], zorder=2)
+            disc = Circle((0, 0), radius, color=agent_color(env, agent), zorder=2)
             bodies[k, agent] = panel.add_patch(disc)
     while True:
         for index, body in bodies.items():
