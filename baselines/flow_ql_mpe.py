@@ -427,7 +427,7 @@ def train(args: Args) -> tuple[FlowPolicy, np.ndarray]:
     seeds = range(args.seed, args.seed + args.num_seeds)
     envs = [MPE(args.task, args.eval_episodes) for _ in seeds]
     dataset = load_dataset(args.data_dir, args.task, args.quality, seeds, envs[0], device)
-    for env in envs if not envs[0].spread else ():
+    for env in envs if not args.task.startswith("simple_spread") else ():
         env.prey_policy = load_prey(Path(args.data_dir, args.task, "prey.npz").expanduser())
     num_agents, length, obs_dim = dataset["obs"].shape  # agents of all seeds, one large team
     agents = torch.arange(num_agents, device=device)[:, None]

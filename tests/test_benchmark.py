@@ -84,13 +84,14 @@ def test_dry_run(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def tiny(make_data, tmp_path_factory):
-    """Two seeds of BC in one process, and a cell that fails since its dataset is too small.
+    """Two seeds of BC in one process, and a cell that fails since a file of its data is missing.
 
     They were run with `args`; `data` are the arrays of seed 0, `stop` is what run.main has said.
     """
     place = tmp_path_factory.mktemp("benchmark")
     data = [make_data(place / "data", *MEDIUM, 500, seed) for seed in (0, 1)]
     make_data(place / "data", "simple_spread", "random", 50)
+    (place / "data/simple_spread/random/seed_0_data/acs_1.npy").unlink()
     cells = [run.Cell("bc", *MEDIUM, seed, "eval-interval", "2") for seed in (0, 1)]
     cells.append(run.Cell("bc", "simple_spread", "random", 0, "", ""))
     places = {f"{name}_dir": place / name for name in ("run", "data", "results")}
@@ -150,7 +151,7 @@ def test_failure(tiny):
     assert line.startswith(" ".join(words))
     reason = folder.with_suffix(".log").read_text().splitlines()[-1]
     assert line.endswith(f"exit status 1, {reason}")
-    assert "50 transitions" in reason
+    assert "acs_1.npy cannot be used" in reason
 
 
 def test_finished_cells_are_not_run(tiny, no_training):
@@ -185,6 +186,7 @@ def test_ray(make_data, tmp_path):
     """Through a Ray instance of its own: one missing cell works, the other fails and is named."""
     make_data(tmp_path / "data", *MEDIUM, 500)
     make_data(tmp_path / "data", *REPLAY, 50)
+    tmp_path.joinpath("data", *REPLAY, "seed_0_data/acs_1.npy").unlink()
     missing = [run.Cell("bc", *data, 0, "learning-rate", "0.003") for data in (MEDIUM, REPLAY)]
     done = [cell for cell in run.cells_of("tune") if cell not in missing]
     (results := tmp_path / "results").mkdir()
@@ -196,7 +198,7 @@ def test_ray(make_data, tmp_path):
     process = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     _, problems = process.stderr.split("error: these runs have failed", 1)
     assert "--task simple_tag --quality medium-replay" in problems
-    assert "50 transitions" in problems
+    assert "acs_1.npy cannot be used" in problems
     rows = run.read_table(results / "tune.csv")
     assert set(rows.index) == {*done, missing[0]}
     assert json.loads((results / "tune.json").read_text())["workers"] is None
