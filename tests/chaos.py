@@ -8,7 +8,7 @@ killed while they make datasets: what is left is nothing or the whole. Of two ru
 on one run directory one is refused.
 
 No part of the test suite; a kill takes some five seconds. The table goes to
-benchmark/results/chaos.csv and from there into benchmark/README.md by benchmark/report.py.
+benchmark/results/chaos.csv and from there into docs/reproduce.md by benchmark/report.py.
 """
 
 import csv
