@@ -37,8 +37,10 @@ MEDIUM, REPLAY, _ = run.ABLATION_DATA
 
 
 def test_grids():
-    """No cell is there twice, and all that have results are there."""
+    """No cell is there twice, all that have results are there, and a page has the command."""
+    page = (ROOT / "docs/reproduce.md").read_text()
     for grid in run.GRIDS:
+        assert re.search(rf"run\.py --grid {grid}\b", page)
         cells = run.cells_of(grid)
         known = run.read_table(ROOT / "benchmark" / "results" / f"{grid}.csv").index
         assert len(set(cells)) == len(cells)
