@@ -23,7 +23,9 @@ NAMES = {method: look[0] for method, look in LOOKS.items()} | {
 }
 OURS, OTHERS = LOOKS["om2p"][1], "#8FA8BF"  # of bars
 mpl.use("Agg")
-plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 140})
+plt.rcParams.update(
+    {"figure.constrained_layout.use": True, "savefig.dpi": 140, "axes.axisbelow": True}
+)
 
 
 def style(method: str) -> dict:
@@ -83,7 +85,8 @@ def time_curves(curves: pd.DataFrame, times: dict, short: dict[str, float]) -> p
     for method, score in short.items():
         panel.plot(1, score, "D", color=LOOKS[method][1], ms=7, zorder=4)
     log_axis(panel, (0.05, 0.1, 0.2, 0.5, 1, 2, 5))
-    panel.set(xlabel="training time, OM2P's 4,000 updates = 1", ylabel="normalised score, average")
+    panel.set_xlabel("training time, that of OM2P's 4,000 updates = 1")
+    panel.set_ylabel("normalised score, average of 12 datasets")
     figure.legend(loc="outside right center")
     return figure
 
@@ -93,14 +96,16 @@ def cost_bars(rows: pd.DataFrame) -> plt.Figure:
     rows = rows[rows.memory.notna()][::-1]
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
     for panel, key in zip(panels, ("time", "memory"), strict=True):
-        panel.barh(rows.name.str.replace("`", ""), rows[key] - 1, 0.7, left=1, color=OTHERS)
+        colors = [OURS if method.startswith("om2p") else OTHERS for method in rows.index]
+        panel.barh(rows.name.str.replace("`", ""), rows[key] - 1, 0.7, left=1, color=colors)
         for k, value in enumerate(rows[key]):
             place = (max(value, 1), k), (5, 0), "data", "offset points"
             panel.annotate(f"{value:#.3g}", *place, va="center")
-        panel.axvline(1, color="0.2", lw=1)
-        panel.set(xscale="log", xlim=(rows[key].min() / 1.5, 2.5 * rows[key].max()))
-    panels[0].set_xlabel("time of an update, OM2P = 1")
-    panels[1].set_xlabel("memory of training, OM2P = 1")
+        panel.axvline(1, color=OURS, lw=2.8)
+        log_axis(panel, (0.2, 0.5, 1, 2, 5, 10, 20, 50))
+        panel.set(xlim=(rows[key].min() / 1.5, 2.5 * rows[key].max()))
+    panels[0].set_xlabel("time of an update, OM2P's = 1")
+    panels[1].set_xlabel("peak memory of training, OM2P's = 1")
     return figure
 
 
@@ -112,17 +117,19 @@ def cost_growth(rows: pd.DataFrame) -> plt.Figure:
     default = rows[rows.part == "default"]
     steps = default[default.key.isin(["flow_ql", "diffusion_ql"])]
     rows = pd.concat([rows, steps.assign(part="steps", method=steps.key)])
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True)
-    labels = ("agents", "batch", "width of the two layers", "steps of the policy")
-    for panel, part, label in zip(axes, ("agents", "batch", "width", "steps"), labels, strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharey=True)
+    labels = ("number of agents", "batch size, transitions of every agent")
+    labels += ("width of the two hidden layers", "steps of the policy")
+    parts = zip(axes.flat, ("agents", "batch", "width", "steps"), labels, strict=True)
+    for panel, part, label in parts:
         for method, points in rows[rows.part == part].groupby("method", sort=False):
-            line = {"color": LOOKS[points.key.iloc[0]][1], "label": points.name.iloc[0]}
+            line = style(points.key.iloc[0]) | {"label": points.name.iloc[0]}
             xs, line["ls"] = points[part].astype(int), "--" if method.endswith("-20") else "-"
             panel.semilogy(xs, points.ms, marker=".", **line)
         log_axis(panel, sorted({x for line in panel.get_lines() for x in line.get_xdata()}))
         panel.set_xlabel(label)
     for ms in default.ms[default.method == "om2p"]:
-        axes[3].axhline(ms, color=OURS)
-    axes[0].set_ylabel("ms an update")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        axes[1, 1].axhline(ms, **style("om2p"))
+    plt.setp(axes[:, 0], ylabel="time of an update, ms")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

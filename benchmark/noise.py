@@ -2,11 +2,11 @@
 
     python benchmark/noise.py          # needs the runs of `python benchmark/run.py --grid mamujoco`
 
-The recorded actions carry exploration noise of standard deviation 0.1. A policy fitted by least
-squares averages it away, one that generates actions like the recorded ones brings it back. Here
-teams that generate act by the mean of several actions, and deterministic ones with the data's
-noise. `spread` is the standard deviation of the several actions, over all steps and joints.
-Writes benchmark/results/noise.csv.
+The recorded actions carry exploration noise of standard deviation 0.1. A deterministic policy,
+fitted by least squares, averages it away. A stochastic one that generates actions like the recorded
+ones reproduces it. Here stochastic teams act by the mean of several actions, and deterministic ones
+with the data's noise added. `spread` is the standard deviation of the several actions, over all
+steps and joints. Writes benchmark/results/noise.csv.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Make the tables and figures of all README.md from the files under benchmark/results/.
+"""Make the tables and figures of README.md and docs/ from the files under benchmark/results/.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. Lines
 of scripts are counted, too. Figures go to benchmark/figures/. What has no results is left alone.
@@ -19,10 +19,11 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "baselines", "benchmark", "data")]
 import draw  # noqa: E402
+import sketch  # noqa: E402
 from card import PUBLIC_RETURNS  # noqa: E402
-from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
+from run import GRIDS, MPE, ROBOT  # noqa: E402
 
-PAGES = [ROOT / folder / "README.md" for folder in ("", "baselines", "benchmark")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmark" / "results"
 DATASETS = {"mpe": [*map(" ".join, MPE)], "mamujoco": [*map(" ".join, ROBOT)]}
 DEFAULT_STEPS = {"diffusion_ql": "-5", "dom2": "-5", "flow_ql": "-10", "fql": "-10"}
@@ -129,18 +130,21 @@ def suite_table(suite: str, key: str = "score", text=estimate) -> str:
     if key != "score":
         return markdown(lines, header)
     means = highlight([averages(rows, method, suite) for method in table])
-    return markdown([*lines, ("average", "", mean(data), *means)], header) + machine_line(suite)
+    best = [estimate(averages(rows, method, suite, "best_score")) for method in table]
+    lines += [("average", "", mean(data), *means), ("average, best in training", "", "", *best)]
+    return markdown(lines, header) + machine_line(suite)
 
 
-def results_line(method: str) -> str:
-    """A method's final scores in one line, a sentence for each suite."""
-    text = f"*Results*, {' / '.join(QUALITIES)}:"
-    for suite in DATASETS:
-        rows = read(f"{suite}.csv").query("method == @method")
-        scores = rows.groupby(["task", "quality"], sort=False)["score"].agg(mean)
-        tasks = (f"{task} {' / '.join(scores[task])}" for task in rows.task.unique())
-        text += f" {', '.join(tasks)}; average {estimate(averages(rows, method, suite))}."
-    return text
+def averages_table() -> str:
+    """Average scores of all methods, and what their updates and actions cost."""
+    costs = cost_rows("cpu", "default").loc[[x + DEFAULT_STEPS.get(x, "") for x in draw.LOOKS]]
+    columns = {"method": [*map(draw.NAMES.get, draw.LOOKS), "the data"]}
+    for suite, place in zip(DATASETS, ("particles", "HalfCheetah"), strict=True):
+        rows = read(f"{suite}.csv")
+        scores = highlight([averages(rows, method, suite) for method in draw.LOOKS])
+        columns[f"score, {place}"] = [*scores, mean(of_data(rows, "data_score"))]
+    columns |= {f"training {x}, OM2P = 1": [*costs[x].map(shown), ""] for x in ("time", "memory")}
+    return markdown(columns | {"ms an action": [*costs.decision_ms.map(shown), ""]})
 
 
 def grids_table() -> str:
@@ -154,15 +158,9 @@ def grids_table() -> str:
     return markdown(lines, ("grid", "what it compares", "runs", "hours of one core"))
 
 
-def details_table() -> str:
-    """What a method's runs end with, and reach in between."""
-    lines = []
-    for method, runs in read("mpe.csv").groupby("method", sort=False):
-        scores = (estimate(averages(runs, method, "mpe", key)) for key in ("score", "best_score"))
-        updates = ", ".join(f"{count:,}" for count in sorted(set(runs.updates)))
-        lines.append((draw.NAMES[method], *scores, updates, len(runs)))
-    header = "method", "final score", "best score during training", "updates", "runs"
-    return markdown(lines, header)
+def last_line(name: str) -> str:
+    """What a command printed last, as code on a page."""
+    return f"    {(RESULTS / name).read_text().splitlines()[-1]}"
 
 
 def equal_time_table() -> str:
@@ -321,7 +319,9 @@ TABLES = {
     "mamujoco": partial(suite_table, "mamujoco"),
     "returns": partial(suite_table, "mpe", "return", mean),
     "grids": grids_table,
-    "mpe_details": details_table,
+    "averages": averages_table,
+    "first_command": partial(last_line, "first_command.txt"),
+    "first_command_mamujoco": partial(last_line, "first_command_mamujoco.txt"),
     "equal_time": equal_time_table,
     "published": published_table,
     "tune": partial(tune_table, "tune", "mpe"),
@@ -336,7 +336,6 @@ for kind in ("cpu", "cuda_compiled"):
     TABLES[f"cost_{kind}"] = partial(cost_machine, kind)
     for part in ("equal", "default", "published"):
         TABLES[f"cost_{part}_{kind}"] = partial(cost_table, kind, part)
-TABLES |= {f"results_{method}": partial(results_line, method) for method in draw.LOOKS}
 
 
 def curves_figure():
@@ -362,6 +361,7 @@ def time_figure():
 
 
 FIGURES = {"learning_curves": curves_figure, "averages": averages_figure, "score_time": time_figure}
+FIGURES["method"] = sketch.method_figure
 for kind in ("cpu", "cuda_compiled"):
     FIGURES[f"cost_{kind}"] = lambda kind=kind: draw.cost_bars(cost_rows(kind, "equal"))
     FIGURES[f"growth_{kind}"] = lambda kind=kind: draw.cost_growth(cost_rows(kind))

@@ -3,8 +3,8 @@
     python benchmark/variants.py --task simple_spread --quality medium --variant released
 
 no-derivative      the target is v for every interval: no du/dr, plain flow matching
-released           loss and action of the authors' release (README, differences 1 and 2); times, Q
-                   term and everything else are as here
+released           loss and action of the authors' release (docs/algorithm.md, differences 1 and 2);
+                   times, Q term and everything else are as here
 short-step         the difference quotient's step ends with the interval: min(delta, t - r)
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both

@@ -5,10 +5,12 @@
 Reads {obs,acs,rews,next_obs,dones}_{i}.npy of all agents i; next_obs may be missing. An episode
 ends where `dones` is not 0 for some agent, where some agent's next_obs is not the next row's obs,
 or after --horizon rows, else the task's if the path names it. Returns are of whole episodes: of
-those that are done, or as long as the longest one. Three counts are 0 in data that hold together:
-episodes inside the files that are shorter but not done, which lost rows leave behind; rows that go
-on although their episode is over; and rows that go on for some agents only. A line warns of
-observations whose components have standard deviations that differ by more than 10.
+those that are done, or as long as the longest one.
+
+Three counts are 0 in data that hold together. The first is of episodes inside the files that are
+shorter but not done; lost rows leave these behind. The second is of rows that go on although their
+episode is over, the third of rows that go on for some agents only. A line warns of observations
+whose components have standard deviations that differ by a factor of more than 10.
 """
 
 import math

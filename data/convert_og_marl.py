@@ -7,11 +7,11 @@
 OG-MARL (Formanek et al., 2023, arxiv.org/abs/2302.00521) has OMAR's data as Flashbax vaults,
 prior_work/omar/mpe/simple_{spread,tag,world}.zip and mamujoco/2halfcheetah.zip; SOURCE is what they
 unpack to, `<scenario>.vlt`, or its folder of one quality. By OG-MARL's card a vault holds all five
-seeds, of which --seed names one; the prey is its fourth agent and does not come along, and
-observations are padded with -inf, which is cut off. MASTARS has {obs,acs,rews,dones}_{i}.npy of
-2,000 episodes; SOURCE is their folder, and --seed only names the result.
+seeds; --seed names one. The prey is its fourth agent and is left out. Observations are padded with
+-inf, which is cut off. MASTARS has {obs,acs,rews,dones}_{i}.npy of 2,000 episodes; SOURCE is their
+folder, and --seed only names the result.
 
-Neither source has next observations: they are the next row's, and an episode's last row, which has
+Neither source has next observations: they are the next row's. An episode's last row, which has
 none, is dropped, so that 24 of 25 or 999 of 1,000 rows remain. Episodes end where the source says
 so (terminals, truncations, dones), after 25 or 1,000 rows at the latest, and in the particle tasks
 wherever a position does not follow from the velocity. `dones` is written as 0, as in OMAR's own

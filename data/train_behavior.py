@@ -3,7 +3,7 @@
 The critics see everything and the policies their own observation (MATD3: Ackermann et al., 2019;
 TD3: Fujimoto et al., 2018). In the particle tasks every agent has twin critics of its own; in
 MuJoCo the team, whose reward is shared, has one pair, which sees the robot's state. Exploration
-noise is twice the recorded one, which takes half the time, and a penalty on the squared pre-tanh
+noise is twice the recorded one, which takes half the time. A penalty on the squared pre-tanh
 outputs keeps actions from saturating, which ends learning in simple_spread.
 
     python data/train_behavior.py --task simple_tag

@@ -1,14 +1,14 @@
 """Kill runs at random and see that nothing is lost: python tests/chaos.py --kills 60
 
-Each script is run once undisturbed. Then it is started again and again with --resume and killed by
-SIGKILL while it trains, at a random time or in the very moment in which it writes a checkpoint (of
-which a part is left), until it ends; its weights, curve and final returns must be those of the
+Each script is run once undisturbed. Then it is started again and again with --resume, and killed by
+SIGKILL while it trains, until it ends. Some kills come at a random time, others while it writes a
+checkpoint, of which a part is left. Its weights, curve and final returns must be those of the
 undisturbed run, bit for bit. The table tells from which updates the runs went on. Collectors are
 killed while they make datasets: what is left is nothing or the whole. Of two runs started at once
 on one run directory one is refused.
 
 No part of the test suite; a kill takes some five seconds. The table goes to
-benchmark/results/chaos.csv and from there into benchmark/README.md by benchmark/report.py.
+benchmark/results/chaos.csv and from there into docs/reproduce.md by benchmark/report.py.
 """
 
 import csv

@@ -2,7 +2,7 @@
 
 tests/fixtures/authors.json has what that code computes, agent by agent, and where it is from;
 benchmark/authors.py made it. Networks have the authors' activations and norms here. What else
-differs on purpose stands beside the comparison, and in baselines/README.md.
+differs on purpose stands beside the comparison, and in docs/baselines.md.
 """
 
 import importlib

@@ -26,6 +26,7 @@ import noise
 import picture
 import report
 import run
+import sketch
 import steps as several
 import variants
 
@@ -36,8 +37,10 @@ MEDIUM, REPLAY, _ = run.ABLATION_DATA
 
 
 def test_grids():
-    """No cell is there twice, and all that have results are there."""
+    """No cell is there twice, all that have results are there, and a page has the command."""
+    page = (ROOT / "docs/reproduce.md").read_text()
     for grid in run.GRIDS:
+        assert re.search(rf"run\.py --grid {grid}\b", page)
         cells = run.cells_of(grid)
         known = run.read_table(ROOT / "benchmark" / "results" / f"{grid}.csv").index
         assert len(set(cells)) == len(cells)
@@ -264,6 +267,17 @@ def test_main(tmp_path, monkeypatch, capsys):
 def test_figures(name):
     """Each can be drawn from the results."""
     assert report.FIGURES[name]().axes
+
+
+def test_flow_of_the_sketch():
+    """The drawn paths end in actions that are distributed like the data."""
+    noise = np.random.default_rng(0).standard_normal(2_000)
+    actions = sketch.follow(noise, 500)[-1]
+    near = np.abs(actions[:, None] - sketch.MODES) < 4 * sketch.SPREAD
+    assert near.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.03)
+    kind = actions[near[:, 1]]
+    assert kind.mean() == pytest.approx(sketch.MODES[1], abs=0.02)
+    assert kind.std() == pytest.approx(sketch.SPREAD, rel=0.15)
 
 
 def make_variant(kind, width=16):

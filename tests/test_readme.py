@@ -1,4 +1,4 @@
-"""What the READMEs say can be done and seen: commands, files, tables."""
+"""What the pages say can be done and seen: commands, files, tables, code."""
 
 import importlib.util
 import os
@@ -14,10 +14,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = {
-    page: (ROOT / page).read_text()
-    for page in ("README.md", "docs/your-data.md", "baselines/README.md", "benchmark/README.md")
-}
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("b*/README.md")]
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(FILES)}
 COMMANDS = re.findall(r"python ([\w./]+\.py)((?: [\w./:-]+)*)", "\n".join(PAGES.values()))
 READERS_OWN = {"record.py", "om2p_mpe2.py"}  # tests/test_own_env.py writes and runs these
 
@@ -55,6 +53,22 @@ def test_the_two_commands_are_there():
     assert "pip install -r requirements-dev.txt && pytest -n 2\n" in README
 
 
+def test_size():
+    """README is read in a few minutes."""
+    assert len(README.split()) <= 2_000
+    assert README.count("\n") <= 250
+
+
+def test_code():
+    """The lines of Python in README are the script's, in its order."""
+    script = [line.strip() for line in (ROOT / "om2p_mpe.py").read_text().splitlines()]
+    for block in re.findall(r"(?s)```python\n(.*?)```", README):
+        places = [script.index(line.strip()) for line in block.splitlines()]
+        assert places == sorted(places)
+        assert places[-1] - places[0] < 15
+    assert "target = v + (t - r) * du_dr" in README
+
+
 def test_packages_without_mujoco():
     """README's line for the particle scripts has what requirements.txt has before MuJoCo."""
     text = (ROOT / "requirements.txt").read_text()
@@ -80,6 +94,28 @@ def test_links_and_pictures_exist(page):
         file = (ROOT / page).parent / name if name else ROOT / page
         assert file.exists()
         assert not heading or heading in anchors(file.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    """So do the files that are named in the text, unless a command makes them."""
+    folders = "baselines|benchmark|data|docs|examples|tests|tools"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", PAGES[page]):
+        assert (ROOT / name).exists(), name
+
+
+def test_main_settings():
+    """The table of main settings has the defaults of the scripts."""
+    page = PAGES["docs/baselines.md"]
+    scripts = dict(re.findall(r"^## `([\w/]+)_mpe\.py`: ([\w-]+)", page, flags=re.M))
+    scripts = {method: script for script, method in scripts.items()}
+    rows = re.findall(r"^\| ([\w+-]+) \| (`.*) \| (`.*) \|$", page, flags=re.M)
+    assert len(rows) == 7
+    for method, *cells in rows:
+        for suite, cell in zip(("mamujoco", "mpe"), cells, strict=True):
+            defaults = load(f"{scripts[method.removesuffix('+BC')]}_{suite}.py").Args()
+            for name, value in re.findall(r"`(\w+)` ([\d.]+)", cell):
+                assert getattr(defaults, name) == float(value), (method, suite, name)
 
 
 def test_line_counts():

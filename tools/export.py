@@ -2,10 +2,10 @@
 
     python tools/export.py runs/simple_tag-expert/om2p_mpe/seed-0 --out team.pt2
 
-The file is a torch.export program, and in it `team.json`, the agents' sizes and action limits. The
-program takes observations (N, B, obs_dim), float32 or float64, any B, and, of policies with a
-`noise`, that noise (K, N, B, action_dim); it returns float32 actions (N, B, action_dim) in [-1, 1],
-means of K samples. Of a team learned from logs both are in the log's own units. The class in
+The file is a torch.export program. In it is `team.json`, the agents' sizes and action limits. The
+program takes observations (N, B, obs_dim), float32 or float64, any B. A stochastic policy's also
+takes its noise (K, N, B, action_dim). It returns float32 actions (N, B, action_dim) in [-1, 1],
+means of K samples. A team learned from logs takes and gives the log's own units. The class in
 `tools/team.py`, to be copied, draws the noise and needs no B:
 
     action = Team("team.pt2")(obs)
