@@ -212,6 +212,12 @@ def tune_table(grid: str, suite: str) -> str:
     return markdown(lines, ("method", "changed setting", *table, "mean")) + machine_line(grid)
 
 
+def q_weight_table() -> str:
+    """OM2P's scores with several values of `q_weight`, on the datasets that it was tuned on."""
+    rows = read("tune_mamujoco.csv", "tune.csv").query("method == 'om2p' and setting == 'q-weight'")
+    return markdown(table_of(rows, ["data"], "value").map(mean).reset_index())
+
+
 def ablation_table(grid: str, suite: str) -> str:
     """Scores of OM2P as it is, changed, or (on the MPE) in several steps, and of the data."""
     rows, kept = read(f"{grid}.csv"), read(f"{suite}.csv").query("method == 'om2p'")
@@ -324,6 +330,7 @@ TABLES = {
     "first_command_mamujoco": partial(last_line, "first_command_mamujoco.txt"),
     "equal_time": equal_time_table,
     "published": published_table,
+    "q_weight": q_weight_table,
     "tune": partial(tune_table, "tune", "mpe"),
     "tune_mamujoco": partial(tune_table, "tune_mamujoco", "mamujoco"),
     "ablation": partial(ablation_table, "ablation", "mpe"),
