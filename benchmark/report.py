@@ -180,11 +180,14 @@ def equal_time_table() -> str:
 
 
 def published_table() -> str:
-    """Scores on the public data, from papers, and MA-TD3+BC's here with OMAR's settings."""
-    papers, ours = read("papers.csv", dtype=str), read("published.csv")
-    scores = ours.groupby("task", sort=False)["score"].agg(lambda row: " / ".join(map(mean, row)))
-    here = "MA-TD3+BC, here, OMAR's settings", *scores, mean(ours.score)
-    papers.loc[len(papers)] = (*here, "`--grid published`, seed 0")
+    """Scores on the public data, from papers, and of BC and MA-TD3+BC here by OMAR's settings."""
+    papers = read("papers.csv", dtype=str)
+    for method, ours in read("published.csv").groupby("method", sort=False):
+        texts = ours.groupby("task", sort=False)["score"].agg(
+            lambda row: " / ".join(map(mean, row))
+        )
+        here = f"{draw.NAMES[method]}, here, OMAR's settings", *texts, mean(ours.score)
+        papers.loc[len(papers)] = (*here, "`--grid published`, seed 0")
     return f"{markdown(papers)}\n\n{(RESULTS / 'papers.txt').read_text().strip()}"
 
 

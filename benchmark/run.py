@@ -85,8 +85,9 @@ WEIGHTS = {
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2200", "dom2": "num-updates: 690"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
+    "bc": "hidden-dims+learning-rate+batch-size+num-updates: 64,64+0.01+1024+2000",
     "td3_bc": "hidden-dims+learning-rate+batch-size+tau+q-weight+num-updates: "
-    "64,64+0.01+1024+0.01+2.5+2000"
+    "64,64+0.01+1024+0.01+2.5+2000",
 }
 TUNING_DATA = [*ABLATION_DATA, ("simple_spread", "random")]
 MAIN = "every method's main setting"
@@ -99,7 +100,7 @@ GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
     "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 5),
     "ablation_mamujoco": (f"OM2P's weights, times and du/dr on {CHEETAH}", WEIGHTS, ROBOT, 3),
-    "published": ("MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),
+    "published": ("BC and MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),
 }
 
 
@@ -113,6 +114,8 @@ class Args:
     """where the runs go; keep it, and stopped cells go on from their checkpoints"""
     data_dir: Path = Path("data")
     """folder of the datasets; what is missing is made"""
+    num_transitions: int = 100_000
+    """of datasets that are made; medium-replay has always 100,000"""
     results_dir: Path = ROOT / "benchmark" / "results"
     """where the tables go, and where finished cells are looked up"""
     device: str = "cpu"
@@ -283,6 +286,8 @@ def main(args: Args) -> None:
     for task, quality, seed in sorted({cell[1:4] for cell in missing}):
         if not (args.data_dir / task / quality / f"seed_{seed}_data").is_dir():
             words = f"data/collect_{suite(task)}.py --task {task} --quality {quality} --seed {seed}"
+            if quality != "medium-replay":
+                words += f" --num-transitions {args.num_transitions}"
             words = [sys.executable, *words.split(), "--data-dir", str(args.data_dir)]
             if subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
                 raise SystemExit(f"error: this has failed: {shlex.join(words)}")

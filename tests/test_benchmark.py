@@ -157,6 +157,21 @@ def test_failure(tiny):
     assert "acs_1.npy cannot be used" in reason
 
 
+def test_size_of_data_that_are_made(tmp_path, monkeypatch):
+    """Missing data are as large as asked for, a replay as always; a failure names its command."""
+    calls = []
+
+    def collect(words, **_):
+        calls.append(" ".join(words))
+        return SimpleNamespace(returncode=len(calls) // 3)
+
+    monkeypatch.setattr(run.subprocess, "run", collect)
+    folders = dict.fromkeys(("run_dir", "data_dir", "results_dir"), tmp_path)
+    with pytest.raises(SystemExit, match="quality medium-replay"):
+        run.main(run.Args(grid="published", num_transitions=50, **folders))
+    assert ["--num-transitions 50" in call for call in calls] == [True, True, False]
+
+
 def test_finished_cells_are_not_run(tiny, no_training):
     """A second call tries what has failed alone, and leaves the results as they are."""
     files = {path: path.read_bytes() for path in tiny.args.results_dir.iterdir()}
