@@ -380,7 +380,8 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        obs, returns = np.concatenate([envs[k].reset((s, 0, 1)) for k, s in enumerate(seeds)]), 0.0
+        obs = np.concatenate([envs[k].reset((seed, 0, 1)) for k, seed in enumerate(seeds)])
+        returns = 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
             steps = [env.step(a) for env, a in zip(envs, np.split(action, len(envs)), strict=True)]

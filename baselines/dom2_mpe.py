@@ -415,7 +415,8 @@ class MPE:
 
     def reset(self, seed: int | Sequence[int] | None = None) -> np.ndarray:
         """Place everything at random, at rest; observations (N, K, obs_dim), float32."""
-        self.rng = self.rng if seed is None else np.random.default_rng(seed)
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
         K, bound = self.num_episodes, 1.0 if self.spread else 0.9
         self.pos = self.rng.uniform(-1, 1, (K, len(self.size), 2))
         self.vel = np.zeros_like(self.pos)
@@ -432,9 +433,11 @@ class MPE:
         for i in agents:
             own = self.pos[:, i, None]
             parts = [self.vel[:, i], own, self.landmarks - own, np.delete(self.pos, i, 1) - own]
-            parts += [np.zeros((K, 2 * N - 2)) if self.spread else self.vel[:, N]] if i < N else []
-            depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
-            parts += [np.where(depth > 0, 1.0, -1.0)]
+            if i < N:
+                parts += [np.zeros((K, 2 * N - 2)) if self.spread else self.vel[:, N]]
+            if self.forest.any():
+                depth = self.size[i] + FOREST - distance(own, self.landmarks[:, self.forest])
+                parts += [np.where(depth > 0, 1.0, -1.0)]
             everything.append(np.concatenate([part.reshape(K, -1) for part in parts], axis=-1))
         return np.stack(everything).astype(np.float32)
 
@@ -495,7 +498,8 @@ def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") 
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        obs, returns = np.concatenate([envs[k].reset((s, 0, 1)) for k, s in enumerate(seeds)]), 0.0
+        obs = np.concatenate([envs[k].reset((seed, 0, 1)) for k, seed in enumerate(seeds)])
+        returns = 0.0
         for _ in range(envs[0].horizon):
             action = policy.act(torch.from_numpy(obs).to(device)).cpu().numpy()
             steps = [env.step(a) for env, a in zip(envs, np.split(action, len(envs)), strict=True)]

@@ -324,6 +324,7 @@ TABLES = {
     "data": data_table,
     "prey": lambda: markdown(read("prey_simple_tag.csv", "prey_simple_world.csv", dtype=str)),
     "chaos": lambda: markdown(read("chaos.csv", dtype=str)),
+    "logs": lambda: markdown(read("logs.csv", dtype=str)),
     "mpe": partial(suite_table, "mpe"),
     "mamujoco": partial(suite_table, "mamujoco"),
     "returns": partial(suite_table, "mpe", "return", mean),

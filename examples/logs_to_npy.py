@@ -1,6 +1,6 @@
 """Convert recorded episodes to the files that om2p_logs.py and om2p_mamujoco.py read.
 
-    pip install -r requirements-convert.txt  # for HDF5 and Minari
+    pip install h5py minari  # for these two formats
     python examples/logs_to_npy.py robots.hdf5 --out robots --obs 0:10 10:20 --action 0:3 3:6
 
 SOURCE is an .npz or HDF5 file in D4RL's layout, or the name of a local Minari dataset. In D4RL's

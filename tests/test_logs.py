@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import export
 import numpy as np
@@ -16,52 +17,19 @@ from conftest import ROOT, refusal
 from gymnasium.spaces import Box
 from numpy.testing import assert_array_equal
 
-sys.path.append(str(ROOT / "examples"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmark")]
 import logs_to_npy
 import om2p_logs
+from logs import ACTION, ACTION_UNIT, COLUMNS, NAMES, OBS, joined, make_episodes, team_reward
 
 PAGE = (ROOT / "docs/your-data.md").read_text()
-OBS, ACTION = (10, 10, 7, 7), (3, 3, 2, 2)  # of four robots
-COLUMNS = {"obs": ("0:10", "10:20", "20:27", "27:34"), "action": ("0:3", "3:6", "6:8", "8:10")}
-NAMES = ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"]
-OBS_UNIT, ACTION_UNIT = np.geomspace(0.1, 50, sum(OBS)), np.geomspace(50, 0.1, sum(ACTION))
 TINY = {"hidden_dims": (32,), "batch_size": 64, "num_updates": 6, "eval_interval": 3}
-
-
-def make_episodes(count, seed=0):
-    """Made-up episodes of 8 to 30 steps under D4RL's names; a third of them terminate.
-
-    Units are 0.1 to 50 large, far from 0. Each robot has a good action for what it observes, and
-    takes it with noise; the squared distances to good actions are the loss of the whole team.
-    """
-    rng, fixed, split = *map(np.random.default_rng, (seed, 1)), np.cumsum(OBS)[:-1]
-    gains = [0.4 * fixed.normal(size=sizes) for sizes in zip(OBS, ACTION, strict=True)]
-    made = []
-    for k in range(count):
-        length, x, steps = rng.integers(8, 31), rng.normal(size=sum(OBS)), []
-        for _ in range(length):
-            drives = [own @ gain for own, gain in zip(np.split(x, split), gains, strict=True)]
-            good, after = np.tanh(np.concatenate(drives)), 0.9 * x + 0.4 * rng.normal(size=x.size)
-            action = good + 0.3 * rng.normal(size=sum(ACTION))
-            steps.append((x, action, -np.square(action - good).mean(), after, good))
-            x = after
-        obs, action, reward, next_obs, good = map(np.stack, zip(*steps, strict=True))
-        last = np.arange(length) == length - 1
-        values = (obs + 3) * OBS_UNIT, (action + 2) * ACTION_UNIT, reward, last & (k % 3 == 0)
-        values = *values, last & (k % 3 > 0), (next_obs + 3) * OBS_UNIT
-        made.append(dict(zip(NAMES, values, strict=True)) | {"good": (good + 2) * ACTION_UNIT})
-    return made
 
 
 @pytest.fixture(scope="module")
 def episodes():
     """Forty of them, as they are recorded: nobody knows the good actions."""
     return [{key: episode[key] for key in NAMES} for episode in make_episodes(40)]
-
-
-def joined(episodes):
-    """Their rows in one piece, as D4RL has them."""
-    return {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +171,18 @@ def test_from_a_log_to_a_team(episodes, tmp_path, monkeypatch, capsys):
     )
     assert (far < always_the_same).all()
     assert far.mean() < 0.6 * always_the_same.mean()
+
+
+def test_reward_of_a_team():
+    """Recorded actions get the recorded reward, good ones 0."""
+    made = make_episodes(3)
+    rows = joined(made)
+    for key, reward in (("actions", rows["rewards"].mean()), ("good", 0)):
+        action = torch.full((4, len(rows[key]), 3), torch.nan)
+        for i, own in enumerate(np.split(rows[key], np.cumsum(ACTION)[:-1], axis=1)):
+            action[i, :, : ACTION[i]] = torch.from_numpy(own)
+        team = SimpleNamespace(act=lambda obs, action=action: action)
+        assert team_reward(team, made) == pytest.approx(reward, abs=1e-9, rel=1e-5)
 
 
 def test_held_out_episodes_are_not_trained_on(log, tmp_path):
