@@ -113,13 +113,11 @@ class StackedLinear(nn.Module):
 
 
 def mlp(stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, norm=False):
-    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
-
-    The norm has no scale and shift of its own: a shared one would couple the agents.
-    """
+    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for."""
     layers = []
     for width in hidden_dims:
         layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
+        # Without scale and shift: the agents would share these
         layers += [nn.LayerNorm(width, elementwise_affine=False)] if norm else []
         in_dim = width
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))

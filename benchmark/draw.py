@@ -18,7 +18,6 @@ NAMES = {method: look[0] for method, look in LOOKS.items()} | {
     "om2p-jvp": "OM2P, du/dr exact by `jvp`",
     "om2p-jacobian": "OM2P, du/dr from the batch's Jacobian",
     "om2p-loop": "OM2P, agent by agent, nn.Linear",
-    "om2p-split": "OM2P, a second network near (0, 1)",
     "critic": "best of 64 uniform actions by the critic",
 }
 OURS, OTHERS = LOOKS["om2p"][1], "#8FA8BF"  # of bars

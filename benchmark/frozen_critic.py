@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from efficiency import load_script  # noqa: E402
 from run import METHODS, write_table  # noqa: E402
-from variants import SplitPolicy  # noqa: E402
 
 from om2p_mpe import MPE, Critic, evaluate, normalized_score  # noqa: E402
 
@@ -32,15 +31,14 @@ TASK, QUALITY, HIDDEN_DIMS = "simple_spread", "random", (128, 128)
 class Args:
     methods: tuple[str, ...] = (
         "td3_bc",
-        "om2p",
-        "om2p --q-weight 32",
-        "om2p-split",
-        "om2p-split --q-weight 16",
+        "om2p --cql-alpha 0",
+        "om2p --cql-alpha 0 --q-weight 8",
+        "om2p --cql-alpha 0 --q-weight 128",
         "diffusion_ql",
         "flow_ql",
         "fql",
     )
-    """scripts, with settings; om2p-split is the variant `split`"""
+    """scripts, with settings; none may move the critic"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of data, critic and policy"""
     num_updates: int = 4_000
@@ -91,7 +89,7 @@ def linear_share(obs: torch.Tensor, values: torch.Tensor) -> float:
 def main(args: Args) -> None:
     """Train and measure all, one after another."""
     for method in args.methods:
-        if method.split()[0].removesuffix("-split") not in METHODS:
+        if method.split()[0] not in METHODS:
             raise SystemExit(f"error: --methods has {method}; scripts are {', '.join(METHODS)}")
     torch.set_num_threads(1)
     env, rows = MPE(TASK, args.episodes), []
@@ -119,11 +117,9 @@ def main(args: Args) -> None:
 
         for method in args.methods:
             name, *options = method.split()
-            module = load_script(name.removesuffix("-split"))
+            module = load_script(name)
             freeze(module, critic)
-            if name == "om2p-split":
-                module.MeanFlowPolicy = SplitPolicy
-            run_name = "-".join(["frozen", *name.split("-")[1:], *options]).replace("--", "")
+            run_name = "-".join(["frozen", *options]).replace("--", "")
             default = module.Args(**settings, name=run_name)
             policy, _ = module.train(tyro.cli(module.Args, args=options, default=default))
             with torch.no_grad():

@@ -24,7 +24,7 @@ OBS, ACTION = (10, 10, 7, 7), (3, 3, 2, 2)  # of four robots
 COLUMNS = {"obs": ("0:10", "10:20", "20:27", "27:34"), "action": ("0:3", "3:6", "6:8", "8:10")}
 NAMES = ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"]
 OBS_UNIT, ACTION_UNIT = np.geomspace(0.1, 50, sum(OBS)), np.geomspace(50, 0.1, sum(ACTION))
-SETTINGS = [(2_000, 0.0), (2_000, 0.1), (2_000, 0.5), (1_000, 0.1), (4_000, 0.1)]
+SETTINGS = [(2_000, 0.0), (2_000, 0.1), (2_000, 0.5), (2_000, 2.0), (4_000, 0.1)]
 
 
 def make_episodes(count, seed=0):

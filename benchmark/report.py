@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
+from scipy.stats import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "baselines", "benchmark", "data")]
@@ -56,10 +57,9 @@ def of_data(rows: pd.DataFrame, key: str) -> pd.Series:
     return rows.groupby("data", sort=False)[key].mean()
 
 
-def interval(values, draws: int = 10_000) -> tuple[float, float]:
+def interval(values) -> tuple[float, float]:
     """The ends of the mean's 95 % bootstrap interval (percentiles)."""
-    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(axis=1)
-    return tuple(np.percentile(means, (2.5, 97.5)))
+    return tuple(bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval)
 
 
 def mean(values) -> str:
@@ -133,6 +133,19 @@ def suite_table(suite: str, key: str = "score", text=estimate) -> str:
     best = [estimate(averages(rows, method, suite, "best_score")) for method in table]
     lines += [("average", "", mean(data), *means), ("average, best in training", "", "", *best)]
     return markdown(lines, header) + machine_line(suite)
+
+
+def against_table() -> str:
+    """OM2P's scores beside each other method's, paired by dataset and seed."""
+    rows, lines = read("mpe.csv").pivot(index="seed", columns=["method", "data"]).score, []
+    for method in list(draw.LOOKS)[1:]:
+        gap = (rows["om2p"] - rows[method]).dropna()  # (seeds, datasets)
+        better = 100 * (np.sign(gap) + 1) / 2
+        wins = f"{(gap.mean() > 0).sum()} of {len(gap.columns)}"
+        chance = estimate(better.mean(axis=1))
+        lines.append((draw.NAMES[method], estimate(gap.mean(axis=1)), wins, chance))
+    header = ("OM2P against", "difference of the averages", "datasets with the higher mean")
+    return markdown(lines, (*header, "probability of improvement, %"))
 
 
 def averages_table() -> str:
@@ -330,6 +343,7 @@ TABLES = {
     "returns": partial(suite_table, "mpe", "return", mean),
     "grids": grids_table,
     "averages": averages_table,
+    "against": against_table,
     "first_command": partial(last_line, "first_command.txt"),
     "first_command_mamujoco": partial(last_line, "first_command_mamujoco.txt"),
     "equal_time": equal_time_table,

@@ -53,7 +53,7 @@ ABLATION_DATA = [*zip(TASKS, ("medium", "medium-replay", "expert"), strict=True)
 # Changes by method: a flag and its values; + joins flags that change together, a comma a list
 DEFAULTS = dict.fromkeys(METHODS, "")
 TUNING = {  # what matters most in each method, and step sizes
-    "om2p": "q-weight: 4 8 16; learning-rate: 0.003",
+    "om2p": "q-weight: 16 32 64; cql-alpha: 0 0.3; learning-rate: 0.003",
     "bc": "learning-rate: 0.003 0.005",
     "td3_bc": "q-weight: 5 10 20 40; q-weight+learning-rate: 10+0.003",
     "omar": "cql-alpha: 0.03 0.1 0.3; omar-coe: 0.4 1; learning-rate: 0.003",
@@ -72,10 +72,10 @@ TUNING_MAMUJOCO = {
     "dom2": "q-weight: 0.5 2 8; q-weight+cql-alpha: 0.5+1",
 }
 ABLATION = {  # flags of benchmark/variants.py and of om2p_mpe.py itself
-    "om2p": "derivative: jvp; derivative+q-weight: jvp+32; delta: 0.01; "
-    "variant: no-derivative released short-step penalty smaller-q conservative split; "
-    "variant+q-weight: no-derivative+2 split+16; flow-ratio: 0 0.75 1; "
-    "time-alpha+time-beta: 0.5+1 1+1 2+2; time-alpha+q-weight: 0.2+16; q-weight: 0"
+    "om2p": "derivative: jvp; variant: q-at-noise no-derivative released; cql-alpha: 0; "
+    "time-alpha+time-beta: 1+1; q-weight: 0; variant+delta+q-weight: q-at-noise+0.1+8; "
+    "flow-ratio: 0 0.75 1; variant: smaller-q penalty; variant+cql-alpha: conservative+0; "
+    "time-alpha+time-beta: 0.5+1 2+2; variant+q-weight: no-derivative+8"
 }
 WEIGHTS = {
     "om2p": "q-weight: 2; flow-ratio: 0.5; flow-ratio+q-weight: 0.5+2; "
@@ -98,7 +98,7 @@ GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "equal_time": (MULTI_STEP, EQUAL_TIME, MPE, 3),
     "tune": (f"{MAIN}s, on four datasets of the particle environments", TUNING, TUNING_DATA, 1),
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
-    "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 5),
+    "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 3),
     "ablation_mamujoco": (f"OM2P's weights, times and du/dr on {CHEETAH}", WEIGHTS, ROBOT, 3),
     "published": ("BC and MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),
 }

@@ -3,21 +3,20 @@
     python benchmark/variants.py --task simple_spread --quality medium --variant released
 
 no-derivative      the target is v for every interval: no du/dr, plain flow matching
-released           loss and action of the authors' release (docs/algorithm.md, differences 1 and 2);
-                   times, Q term and everything else are as here
-short-step         the difference quotient's step ends with the interval: min(delta, t - r)
+q-at-noise         the Q term's actions are those from noise, r = 0, alone, as in the paper
+released           loss and action of the authors' release (docs/algorithm.md, differences 1 and 2),
+                   and the Q term at noise; times and everything else are as here
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
-conservative       the critics' loss gets the term of OMAR's and DOM2's, with its weight there
-split              the policy is the sum of two networks, one of which acts near (r, t) = (0, 1)
-                   alone, of as many weights together
+conservative       the critics' loss gets the term of OMAR's and DOM2's, ten uniform actions and the
+                   policy's own, with its weight there; for --cql-alpha 0
 
 Two more, whose cost alone is measured, by benchmark/efficiency.py: layers agent by agent, and du/dr
 from the batch's Jacobian.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
 import dom2_mpe  # noqa: E402
 
 import om2p_mpe  # noqa: E402
-from om2p_mpe import MeanFlowPolicy, mlp  # noqa: E402
+from om2p_mpe import MeanFlowPolicy  # noqa: E402
 
 om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
@@ -41,7 +40,7 @@ om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 @dataclass
 class Args(om2p_mpe.Args):
     variant: Literal[
-        "no-derivative", "released", "short-step", "penalty", "smaller-q", "conservative", "split"
+        "no-derivative", "q-at-noise", "released", "penalty", "smaller-q", "conservative"
     ] = "released"
     """what is made otherwise"""
 
@@ -70,35 +69,33 @@ def released_loss(policy, obs, action, noise, r, t, *_):
     return squared_error(u, target)
 
 
-def short_step_loss(policy, obs, action, noise, r, t, delta, *_):
-    """The loss with the step min(delta, t - r), so that u' too is from within the interval."""
-    x, v = (1 - r) * noise + r * action, action - noise
-    step = (t - r).clamp(max=delta)
-    u = policy(obs, x, r, t)
-    with torch.no_grad():
-        change = policy(obs, x + step * v, r + step, t) - u
-        target = v + torch.where(t > r, (t - r) / step * change, 0)
-    return squared_error(u, target)
+def q_at_noise_loss(policy, critic, batch, args):
+    """OM2P's loss with the actions that the policy plays in the Q term."""
+    flow, parts = om2p_policy_loss(policy, critic, batch, replace(args, q_weight=0.0))
+    q = critic(batch["obs"], policy.act(batch["obs"])).mean(dim=0)
+    q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
+    return flow - args.q_weight * q_term, parts
 
 
-class FreePolicy(MeanFlowPolicy):
-    """A mean-flow policy that keeps its last action before the clip, as `free`."""
-
-    share = 1.0  # of the noise in the action
+class ReleasedPolicy(MeanFlowPolicy):
+    """A mean-flow policy that acts as the release does: u(noise, 0, 1), without the noise."""
 
     def act(self, obs, noise=None):
         """(N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
             noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
-        self.free = self.share * noise + self(obs, noise, r, t)
-        return self.mask * self.free.clamp(-1, 1)
+        return self.mask * self(obs, noise, r, t).clamp(-1, 1)
 
 
-class ReleasedPolicy(FreePolicy):
-    """A mean-flow policy that acts as the release does: u(noise, 0, 1), without the noise."""
+class FreePolicy(MeanFlowPolicy):
+    """A mean-flow policy that keeps the end of the last path before the clip, as `free`."""
 
-    share = 0.0
+    def forward(self, obs, x, r, t):
+        """Shapes as in `MeanFlowPolicy`."""
+        u = super().forward(obs, x, r, t)
+        self.free = x + (1 - r) * u
+        return u
 
 
 def penalty_loss(policy, critic, batch, args):
@@ -116,30 +113,17 @@ def conservative_critic_loss(critic, target_critic, policy, batch, gamma):
     return loss + rival.cql_alpha * gap, q
 
 
-class SplitPolicy(MeanFlowPolicy):
-    """A mean-flow policy with a second network, for the whole interval: (t - r)^4 is its weight.
-
-    Hidden layers are 11/16 as wide, so that both networks have about the weights of one.
-    """
-
-    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
-        dims = [round(11 / 16 * width) for width in hidden_dims]
-        super().__init__(num_agents, obs_dim, action_dim, dims)
-        self.whole = mlp((num_agents,), obs_dim + action_dim, dims, action_dim)
-
-    def forward(self, obs, x, r, t):
-        """Shapes as in `MeanFlowPolicy`."""
-        return super().forward(obs, x, r, t) + (t - r) ** 4 * self.whole(torch.cat([obs, x], -1))
-
-
 CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
-    "released": {"mean_flow_loss": released_loss, "MeanFlowPolicy": ReleasedPolicy},
-    "short-step": {"mean_flow_loss": short_step_loss},
+    "q-at-noise": {"policy_loss": q_at_noise_loss},
+    "released": {
+        "mean_flow_loss": released_loss,
+        "MeanFlowPolicy": ReleasedPolicy,
+        "policy_loss": q_at_noise_loss,
+    },
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
     "smaller-q": {"critic_loss": partial(om2p_mpe.critic_loss, aggregate=torch.amin)},
     "conservative": {"critic_loss": conservative_critic_loss},
-    "split": {"MeanFlowPolicy": SplitPolicy},
 }
 
 

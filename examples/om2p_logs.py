@@ -90,6 +90,8 @@ class Args:
     """update rate of target networks, 0 to 1"""
     q_weight: float = 0.1
     """weight of the Q term against mean-flow matching; 0 is behaviour cloning"""
+    cql_alpha: float = 0.1
+    """weight of E[softplus(Q(o, a') - Q(o, a))], a' uniform, in the critics' loss; 0 is none"""
     flow_ratio: float = 0.75
     """share of the batch with t = r, which is plain flow matching, 0 to 1"""
     time_alpha: float = 0.3
@@ -98,7 +100,7 @@ class Args:
     """second shape, > 0; (1 / q, 1) is U^q, with mass at (0, 1) for q > 1, (2, 2) bell-shaped"""
     derivative: Literal["finite-difference", "jvp"] = "finite-difference"
     """du/dr by a difference quotient, OM2P's derivative-free way, or exact by torch.func.jvp"""
-    delta: float = 0.1
+    delta: float = 0.01
     """step of the difference quotient; below 1e-4 it drowns in float32's rounding"""
 
 
@@ -122,13 +124,11 @@ class StackedLinear(nn.Module):
 
 
 def mlp(stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, norm=False):
-    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for.
-
-    The norm has no scale and shift of its own: a shared one would couple the agents.
-    """
+    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for."""
     layers = []
     for width in hidden_dims:
         layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
+        # Without scale and shift: the agents would share these
         layers += [nn.LayerNorm(width, elementwise_affine=False)] if norm else []
         in_dim = width
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
@@ -171,7 +171,7 @@ def sample_times(shape, alpha: float, beta: float, flow_ratio: float, device="cp
     return r, torch.where(torch.rand(shape, device=device) < flow_ratio, r, t)
 
 
-def mean_flow_loss(policy, obs, action, noise, r, t, delta=0.1, derivative="finite-difference"):
+def mean_flow_loss(policy, obs, action, noise, r, t, delta=0.01, derivative="finite-difference"):
     """Mean-flow matching, || u(x_r, r, t) - sg[v + (t - r) du/dr] ||^2 (Geng et al., 2025).
 
     du/dr follows the path: r moves at speed 1, x at v, and t stands still. OM2P estimates it by a
@@ -193,16 +193,20 @@ def mean_flow_loss(policy, obs, action, noise, r, t, delta=0.1, derivative="fini
 def policy_loss(policy, critic, batch: dict, args: Args) -> tuple[Tensor, dict]:
     """OM2P's objective, L_meanflow - q_weight E[Q(o, a_pi)] / sg(E|Q|), sum over agents.
 
-    The batch is `critic_loss`'s. Also returns L_meanflow and the mean Q of a_pi, for the log.
+    a_pi ends a path in one step, for half of the batch from noise, for half from x_r on the way:
+    mean-flow matching lets the ends from all r move together, as u + C / (1 - r), but not one
+    alone. The batch is `critic_loss`'s. Also returns L_meanflow and the mean Q, for the log.
     """
     obs, action = batch["obs"], batch["action"]
     shape = (*action.shape[:-1], 1)
     r, t = sample_times(shape, args.time_alpha, args.time_beta, args.flow_ratio, action.device)
     noise = torch.randn_like(action)
     flow = mean_flow_loss(policy, obs, action, noise, r, t, args.delta, args.derivative)
-    q = critic(obs, policy.act(obs)).mean(dim=0)  # (2, N, B) -> (N, B)
-    q_term = (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
-    loss = flow - args.q_weight * q_term
+    r = torch.where(torch.rand_like(r) < 0.5, r, 0)
+    x = (1 - r) * torch.randn_like(action) + r * action
+    a_pi = policy.mask * (x + (1 - r) * policy(obs, x, r, torch.ones_like(r))).clamp(-1, 1)
+    q = critic(obs, a_pi).mean(dim=0)  # (2, N, B) -> (N, B)
+    loss = flow - args.q_weight * (q.mean(dim=-1) / q.abs().mean(dim=-1).detach()).sum()
     return loss, {"mean_flow": flow.detach(), "policy_q": q.detach().mean()}
 
 
@@ -467,7 +471,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
     team.fit(dataset)
     dataset, held_out = team.normalize(dataset), team.normalize(held_out)
     variance, policy = dataset["action"].var(dim=1, keepdim=True), team.policy
-    # region update
+    # region update_om2p
     # Rewards of unit variance: critics need not grow to outputs in the hundreds first
     std, mean = torch.std_mean(dataset["reward"], dim=1, keepdim=True)
     dataset["reward"] /= std.maximum(mean.abs() / 100).clamp(min=1e-6)  # they may be constant
@@ -485,9 +489,11 @@ def train(args: Args) -> tuple[Team, list[dict]]:
         index = index.repeat_interleave(num_agents // args.num_seeds, dim=0)  # (S, B) -> (N, B)
         batch = {key: values[agents, index] for key, values in dataset.items()}
 
-        # Critic: one step towards the TD target
+        # Critic: one step towards the TD target, and recorded actions above uniform ones (CQL)
         critic.requires_grad_(True)
         loss, q = critic_loss(critic, target_critic, policy, batch, args.gamma)
+        other = policy.mask * (2 * torch.rand_like(batch["action"]) - 1)
+        loss += args.cql_alpha * F.softplus(critic(batch["obs"], other) - q).mean(dim=-1).sum()
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
@@ -506,7 +512,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
         return losses | {"policy": loss.detach(), **logs}
 
     parts = [policy, critic, target_critic, policy_optimizer, critic_optimizer, policy_schedule]
-    # endregion update
+    # endregion update_om2p
     # The rewards' scale is the training episodes', too
     held_out["reward"] /= std.maximum(mean.abs() / 100).clamp(min=1e-6)
     held_out = {key: x[:, :: -(-x.shape[1] // HELD_OUT_ROWS)] for key, x in held_out.items()}

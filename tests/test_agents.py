@@ -62,6 +62,7 @@ def share_draws(monkeypatch):
 
     monkeypatch.setattr(torch, "randn", normal)
     monkeypatch.setattr(torch, "randn_like", lambda x: normal(*x.shape))
+    monkeypatch.setattr(torch, "rand_like", lambda x: next(times(x.shape)))
     monkeypatch.setattr(om2p_mpe, "sample_times", times)
 
 

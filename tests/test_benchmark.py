@@ -31,7 +31,7 @@ import steps as several
 import variants
 
 import om2p_mpe
-from om2p_mpe import MeanFlowPolicy, mean_flow_loss
+from om2p_mpe import MeanFlowPolicy
 
 MEDIUM, REPLAY, _ = run.ABLATION_DATA
 
@@ -241,6 +241,27 @@ def test_averages():
     assert report.averages(rows[rows.seed == 2], "bc", "mpe") == []
 
 
+def test_against(monkeypatch):
+    """Differences, datasets and pairs that OM2P wins, of seeds that both have; a tie is half."""
+    rows = pd.DataFrame(
+        product(report.draw.LOOKS, (0, 1), ("a", "b")), columns=["method", "seed", "data"]
+    )
+    rows["score"] = 50.0 + 10 * (rows.method == "om2p") * (rows.data == "a")
+    fql = rows.method == "fql"
+    rows.loc[fql, "score"] = [40.0, 56.0, 80.0, 48.0]
+    rows = rows[(rows.method != "bc") | (rows.seed == 0)]
+    monkeypatch.setattr(report, "read", lambda _: rows)
+    lines = {cells[1]: cells[2:5] for cells in map(split_row, report.against_table().splitlines())}
+    assert lines["MA-TD3+BC"] == ["5.0 ± 0.0", "1 of 2", "75.0 ± 0.0"]
+    assert lines["BC"] == ["5.0", "1 of 2", "75.0"]
+    assert lines["FQL"] == ["-1.0 ± 8.0", "0 of 2", "50.0 ± 0.0"]
+
+
+def split_row(line: str) -> list[str]:
+    """The cells of a table's row, with what is before and behind it."""
+    return [cell.strip() for cell in line.split("|")]
+
+
 def test_pages_have_all_tables():
     """They are as `report.py` makes them, each on one page, unless they have no results yet."""
     text = "".join(page.read_text() for page in report.PAGES)
@@ -313,27 +334,35 @@ def test_losses_of_variants():
         torch.testing.assert_close(loss(policy, obs, action, noise, r, t), expected)
 
 
-def test_short_step():
-    """Within an interval longer than delta it is OM2P's; a shorter one is stepped to its end."""
-    policy, obs, action, noise = make_variant(MeanFlowPolicy)
-    inputs, r = (policy, obs, action, noise), torch.full((2, 8, 1), 0.3)
-    loss = variants.short_step_loss(*inputs, r, r + 0.25, 0.2)
-    torch.testing.assert_close(loss, mean_flow_loss(*inputs, r, r + 0.25, 0.2))
-    x, v, t = 0.7 * noise + 0.3 * action, action - noise, r + 0.1
-    u, end = policy(obs, x, r, t), policy(obs, x + 0.1 * v, t, t)
-    expected = (u - (v + end - u)).square().sum() / 16  # (t - r) du/dr is the whole difference
-    torch.testing.assert_close(variants.short_step_loss(*inputs, r, t, 0.2), expected)
+def test_q_at_noise():
+    """The Q term acts on the policy's own actions, wherever the paths of the flow loss are."""
+    policy, obs, action, _ = make_variant(MeanFlowPolicy)
+    policy.act = lambda obs: 0.1 * torch.ones(2, 8, 2)
+    seen, batch = [], {"obs": obs, "action": action}
+
+    def critic(_, action):
+        seen.append(action)
+        return -action.sum(dim=-1).expand(2, 2, 8)
+
+    loss, parts = variants.q_at_noise_loss(policy, critic, batch, om2p_mpe.Args(q_weight=3.0))
+    assert torch.equal(seen[-1], 0.1 * torch.ones(2, 8, 2))
+    torch.testing.assert_close(loss, parts["mean_flow"] + 3.0 * 2)  # -|Q| / |Q| of both agents
 
 
 def test_actions_of_variants():
-    """The release acts with u alone; the penalty's policy as OM2P, and keeps what was clipped."""
-    kinds = (MeanFlowPolicy, variants.ReleasedPolicy, variants.FreePolicy)
-    policy, released, free = (make_variant(kind)[0] for kind in kinds)
+    """The release acts with u alone; the penalty's policy keeps the ends of paths unclipped."""
+    policy, released, free = (
+        make_variant(kind)[0]
+        for kind in (MeanFlowPolicy, variants.ReleasedPolicy, variants.FreePolicy)
+    )
     _, obs, _, noise = make_variant(MeanFlowPolicy)
     u = policy(obs, 3 * noise, torch.zeros(2, 8, 1), torch.ones(2, 8, 1))
     torch.testing.assert_close(released.act(obs, 3 * noise), u.clamp(-1, 1))
     torch.testing.assert_close(free.act(obs, 3 * noise), policy.act(obs, 3 * noise))
     torch.testing.assert_close(free.free, 3 * noise + u)
+    free(obs, noise, torch.full((2, 8, 1), 0.5), torch.ones(2, 8, 1))
+    half = policy(obs, noise, torch.full((2, 8, 1), 0.5), torch.ones(2, 8, 1)) / 2
+    torch.testing.assert_close(free.free, noise + half)
 
 
 def test_smaller_q():
@@ -413,7 +442,7 @@ def test_policies_on_a_frozen_critic(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_critic, "ROOT", tmp_path)
     (tmp_path / "benchmark" / "results").mkdir(parents=True)
     make_data(tmp_path / "data", quality="random")
-    methods = ("om2p-split --q-weight 3", "omar", "fql")
+    methods = ("om2p --cql-alpha 0 --q-weight 3", "omar", "fql")
     places = {"data_dir": tmp_path / "data", "run_dir": tmp_path / "runs"}
     frozen_critic.main(frozen_critic.Args(methods, (0,), num_updates=3, episodes=4, **places))
     rows = pd.read_csv(tmp_path / "benchmark" / "results" / "frozen_critic.csv")

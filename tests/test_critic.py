@@ -75,6 +75,38 @@ def test_q_term_is_normalised():
     torch.testing.assert_close(negated - flow, flow - gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_q_term_acts_along_the_path():
+    """a_pi = x_r + (1 - r) u(x_r, r, 1), clipped: from noise for half of the batch, or on the way.
+
+    A policy whose u leads from x_r to r itself shows which r it was asked for.
+    """
+    torch.manual_seed(1)
+    policy = MeanFlowPolicy(1, 2, 2, (16,))
+    inputs, seen = [], []
+
+    def u(obs, x, r, t):
+        inputs.append((x, r, t))
+        return (r - x) / (1 - r)
+
+    policy.forward = u
+    action = torch.full((1, 4_000, 2), 10.0)  # far from any noise: x shows the share of it
+    batch = {"obs": torch.zeros(1, 4_000, 2), "action": action}
+
+    def critic(_, action):
+        seen.append(action)
+        return torch.ones(2, *action.shape[:-1])
+
+    policy_loss(policy, critic, batch, Args(flow_ratio=0.5))
+    x, r, t = inputs[-1]
+    assert (t == 1).all()
+    torch.testing.assert_close(seen[0], r.expand_as(x))
+    noise = (x - 10 * r) / (1 - r)
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert (r == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    flow_r = inputs[0][1]  # the others are the flow loss's, of the same law
+    assert (r[r > 0][:, None] == flow_r.flatten()).any(dim=1).all()
+
+
 def test_policy_loss_by_hand():
     """L = L_meanflow - q_weight sum_i E[Q_i] / sg(E|Q_i|), Q the mean of the two critics."""
     torch.manual_seed(1)

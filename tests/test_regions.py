@@ -17,7 +17,7 @@ BASELINES = [name for name in SCRIPTS if not name.startswith("om2p")]
 FRAME = {"args", "networks", "dataset", "evaluate", "loop"}  # of every script
 CONSERVATIVE = {"critic", "conservative", "q_of_samples", "update_conservative"}
 METHODS = {  # exactly these, the frame, and the suite's environment and set-up
-    "om2p": {"critic", "om2p", "update"},
+    "om2p": {"critic", "om2p", "update_om2p"},
     "bc": {"deterministic", "bc", "update_bc"},
     "td3_bc": {"critic", "deterministic", "first_critic", "td3_bc", "update_with_target_policy"},
     "omar": CONSERVATIVE | {"deterministic", "first_critic", "omar", "args_omar"},
@@ -26,7 +26,7 @@ METHODS = {  # exactly these, the frame, and the suite's environment and set-up
     "flow_ql": {"critic", "flow", "flow_ql", "update"},
     "fql": {"critic", "flow", "fql", "update"},
 }
-LOGS = {"args", "networks", "om2p", "critic", "logs", "update"}  # no environment
+LOGS = {"args", "networks", "om2p", "critic", "logs", "update_om2p"}  # no environment
 # Of other scripts 640
 MAX_LINES = {"om2p_mpe": 600, "om2p_mamujoco": 560, "om2p_logs": 600, "bc": 480, "dom2": 690}
 MAX_OWN_LINES = {"dom2": 200, "omar": 200}  # of other baselines 150

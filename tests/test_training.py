@@ -197,13 +197,31 @@ def test_divergence_stops_the_run(name, good_calls, value, train, monkeypatch, t
     assert networks(tmp_path)["step"] == 3
 
 
-def train_policy(modes, critic, q_weight, updates):
+def test_recorded_actions_above_uniform_ones(train, tmp_path):
+    """--cql-alpha raises Q of recorded actions, here small ones, over that of uniform actions."""
+    folder, gaps = tmp_path / "data/simple_spread/expert/seed_0_data", []
+    for path in folder.glob("acs_*.npy"):
+        np.save(path, 0.2 * np.load(path))
+    obs, action = (
+        torch.from_numpy(np.stack([np.load(folder / f"{name}_{i}.npy") for i in range(3)]))
+        for name in ("obs", "acs")
+    )
+    other = 2 * torch.rand_like(action) - 1
+    for cql_alpha in (0.0, 1.0):
+        trained = train(num_updates=100, eval_interval=100, cql_alpha=cql_alpha)
+        critic = om2p_mpe.Critic(3, obs.shape[-1], 2, (16, 16))
+        critic.load_state_dict(trained["critic"])
+        gaps.append((critic(obs, action) - critic(obs, other)).mean(dim=2))  # (2, N)
+    assert (gaps[1] > gaps[0] + 0.1).all()
+
+
+def train_policy(modes, critic, q_weight, updates, **settings):
     """Train a policy on data of two equally likely actions per agent; return 2,000 of its actions.
 
     `modes`: (2, N, 1, D); `critic`: a fixed function of actions, (N, B, D) -> (N, B).
     """
     torch.manual_seed(0)
-    args = Args(q_weight=q_weight)
+    args = Args(q_weight=q_weight, **settings)
     policy = MeanFlowPolicy(N, 1, modes.shape[-1], (64, 64))
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, updates)
@@ -242,6 +260,23 @@ def test_better_mode_with_q():
 
     action = train_policy(MODES, critic, q_weight=1.0, updates=600)
     assert (share_within(0.4, action, better) > 0.8).all()
+
+
+def test_q_moves_the_action_whatever_the_derivative():
+    """A constant gradient of Q moves the action as far with an exact du/dr as with a coarse one.
+
+    With the Q term at r = 0 alone an exact one would hold the action to the data.
+    """
+    modes, choices = (
+        torch.zeros(2, N, 1, 1),
+        ({"derivative": "jvp"}, {"delta": 0.01}, {"delta": 0.1}),
+    )
+    moved = [
+        train_policy(modes, lambda a: 1 + 0.1 * a[..., 0], 4.0, 400, **settings).mean()
+        for settings in choices
+    ]
+    assert moved[2] > 0.1
+    assert all(0.6 < value / moved[2] < 1.7 for value in moved)
 
 
 def test_spurious_peak_of_q():
