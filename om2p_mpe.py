@@ -10,7 +10,7 @@ turns noise into an action in one step. It learns to act like the data and to ra
     u(x_r, r, t)       mean velocity over the interval [r, t], predicted at its start x_r
     noise + u(noise, 0, 1)                            the action: one step along the whole path
     u = v + (t - r) du/dr                             what makes u a mean velocity: the target
-    L = L_meanflow - q_weight E[Q(o, a_pi)] / |Q|     the policy's loss, a_pi the one-step action
+    L = L_meanflow - q_weight E[Q(o, a_pi)] / |Q|     the policy's loss; a_pi: the end of a path
 
 Agents are stacked along the first dimension of every tensor and every parameter, and learn
 independently; N counts those of all S seeds that are trained at once. In shapes: N agents, B batch,

@@ -38,7 +38,7 @@ class Args:
         "flow_ql",
         "fql",
     )
-    """scripts, with settings; none may move the critic"""
+    """scripts, with settings; OM2P without its conservative term, which would move the critic"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of data, critic and policy"""
     num_updates: int = 4_000

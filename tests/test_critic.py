@@ -78,15 +78,16 @@ def test_q_term_is_normalised():
 def test_q_term_acts_along_the_path():
     """a_pi = x_r + (1 - r) u(x_r, r, 1), clipped: from noise for half of the batch, or on the way.
 
-    A policy whose u leads from x_r to r itself shows which r it was asked for.
+    A policy whose u leads from x_r to 3 r shows which r it was asked for. It has one action number.
     """
     torch.manual_seed(1)
     policy = MeanFlowPolicy(1, 2, 2, (16,))
+    policy.mask[..., 1] = 0
     inputs, seen = [], []
 
     def u(obs, x, r, t):
         inputs.append((x, r, t))
-        return (r - x) / (1 - r)
+        return (3 * r - x) / (1 - r)
 
     policy.forward = u
     action = torch.full((1, 4_000, 2), 10.0)  # far from any noise: x shows the share of it
@@ -99,12 +100,14 @@ def test_q_term_acts_along_the_path():
     policy_loss(policy, critic, batch, Args(flow_ratio=0.5))
     x, r, t = inputs[-1]
     assert (t == 1).all()
-    torch.testing.assert_close(seen[0], r.expand_as(x))
+    assert (seen[0][..., 1] == 0).all()
+    torch.testing.assert_close(seen[0][..., :1], (3 * r).clamp(max=1))
     noise = (x - 10 * r) / (1 - r)
     assert noise.std() == pytest.approx(1, abs=0.05)
     assert (r == 0).float().mean() == pytest.approx(0.5, abs=0.05)
-    flow_r = inputs[0][1]  # the others are the flow loss's, of the same law
+    flow_x, flow_r, _ = inputs[0]  # the others are the flow loss's, with other noise
     assert (r[r > 0][:, None] == flow_r.flatten()).any(dim=1).all()
+    assert ((noise - (flow_x - 10 * flow_r) / (1 - flow_r)).abs() > 1e-3).float().mean() > 0.99
 
 
 def test_policy_loss_by_hand():
