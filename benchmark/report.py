@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "baselines", "benchmark", 
 import draw  # noqa: E402
 import sketch  # noqa: E402
 from card import PUBLIC_RETURNS  # noqa: E402
-from run import GRIDS, MPE, ROBOT  # noqa: E402
+from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmark" / "results"
@@ -249,6 +249,35 @@ def ablation_table(grid: str, suite: str) -> str:
     return markdown(lines, ("changed setting", *table)) + machine_line(grid)
 
 
+def conservative_table() -> str:
+    """Scores by quality with OM2P's conservative term in the critics' loss, and without it."""
+    plain, changed = read("mpe.csv"), read("conservative.csv")
+    plain, lines = plain[plain.seed.isin(changed.seed)], []
+    for method in (name for name in draw.LOOKS if name in {"om2p", *changed.method}):
+        pair = (changed, plain) if method == "om2p" else (plain, changed)
+        for term, rows in zip(("without", "with"), pair, strict=True):
+            part = rows[rows.method == method]
+            if len(averages(part, method, "mpe")):
+                scores = part.groupby(["seed", "quality"]).score.mean().unstack()
+                cells = (estimate(scores[quality].tolist()) for quality in QUALITIES)
+                average = estimate(averages(part, method, "mpe"))
+                lines.append((draw.NAMES[method], term, *cells, average))
+    header = ("method", "conservative term", *QUALITIES, "average")
+    return markdown(lines, header) + machine_line("conservative")
+
+
+def multi_expert_table() -> str:
+    """Scores of all methods, and of some of them changed, on data of several conventions."""
+    rows = read("multi_expert.csv")
+    table, lines = table_of(rows, ["method", "setting", "value"], "task"), []
+    for (method, *pair), row in table.iterrows():
+        words = change(*pair)
+        lines.append((draw.NAMES[method], f"`{words}`" * bool(words), *map(estimate, row)))
+    rows["data"] = rows.task
+    lines.append(("the data", "", *of_data(rows, "data_score")[table.columns].map(mean)))
+    return markdown(lines, ("method", "changed", *table)) + machine_line("multi_expert")
+
+
 def noise_table() -> str:
     """HalfCheetah teams that act with less noise or with more: what the noise in the data costs."""
     rows, lines = read("noise.csv"), []
@@ -353,6 +382,9 @@ TABLES = {
     "tune_mamujoco": partial(tune_table, "tune_mamujoco", "mamujoco"),
     "ablation": partial(ablation_table, "ablation", "mpe"),
     "ablation_mamujoco": partial(ablation_table, "ablation_mamujoco", "mamujoco"),
+    "conservative": conservative_table,
+    "conventions": lambda: markdown(read("conventions.csv", dtype=str)),
+    "multi_expert": multi_expert_table,
     "noise": noise_table,
     "frozen_critic": frozen_critic_table,
     "cost_default_cpu_compiled": partial(cost_table, "cpu_compiled", "default"),

@@ -50,6 +50,7 @@ KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 Cell = namedtuple("Cell", ("method", "task", "quality", "seed", "setting", "value"))
 # Data that are narrow, broad, and hard to improve on
 ABLATION_DATA = [*zip(TASKS, ("medium", "medium-replay", "expert"), strict=True)]
+MULTI = [("simple_spread", "multi-expert")]  # the hunters' conventions differ by little
 # Changes by method: a flag and its values; + joins flags that change together, a comma a list
 DEFAULTS = dict.fromkeys(METHODS, "")
 TUNING = {  # what matters most in each method, and step sizes
@@ -84,6 +85,12 @@ WEIGHTS = {
 # Updates in the time of OM2P's 4,000: its share of updates/s, efficiency_cpu.csv
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2200", "dom2": "num-updates: 690"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
+CONSERVATIVE = {"fql": "variant: cql", "om2p": "cql-alpha: 0"}
+CONSERVATIVE |= dict.fromkeys(("td3_bc", "flow_ql", "diffusion_ql"), "variant: cql")
+CONVENTIONS = DEFAULTS | {  # an empty value first: the defaults
+    "om2p": "; variant: no-derivative released; q-weight: 0",
+    **dict.fromkeys(("diffusion_ql", "flow_ql"), "; q-weight: 0"),
+}
 PUBLISHED = {  # sizes and steps of OMAR's code for MA-TD3+BC, alpha of TD3+BC's paper
     "bc": "hidden-dims+learning-rate+batch-size+num-updates: 64,64+0.01+1024+2000",
     "td3_bc": "hidden-dims+learning-rate+batch-size+tau+q-weight+num-updates: "
@@ -100,6 +107,8 @@ GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
     "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 3),
     "ablation_mamujoco": (f"OM2P's weights, times and du/dr on {CHEETAH}", WEIGHTS, ROBOT, 3),
+    "conservative": ("OM2P without its conservative term, rivals with it", CONSERVATIVE, MPE, 3),
+    "multi_expert": ("all methods on data of several conventions", CONVENTIONS, MULTI, 3),
     "published": ("BC and MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),
 }
 
@@ -171,8 +180,11 @@ def command(cells: list[Cell], args: Args) -> tuple[list[str], Path]:
     script = f"{'' if method == 'om2p' else 'baselines/'}{method}_{suite(task)}.py"
     script = ROOT / ("benchmark/variants.py" if "variant" in setting else script)
     change, run_dir = "-".join(setting.split() + value.split()), args.run_dir / args.grid
-    words = f"--resume --task {task} --quality {quality} --seed {seed} --num-seeds {len(cells)} "
-    words += f"--device {args.device} --{'' if args.compile else 'no-'}compile "
+    changed = f"--method {method} " * (method != "om2p" and "variant" in setting)
+    change = f"{method}-{change}" if changed else change
+    words = f"{changed}--resume --task {task} --quality {quality} --seed {seed} "
+    words += f"--num-seeds {len(cells)} --device {args.device} "
+    words += f"--{'' if args.compile else 'no-'}compile "
     words += f"--eval-episodes {EVAL_EPISODES[suite(task)]} {f'--name {change} ' * bool(change)}"
     for name, part in zip(setting.split(), value.split(), strict=True):
         words += f"--{name} {part.replace(',', ' ')} "

@@ -1,4 +1,4 @@
-"""OM2P with one of its choices made otherwise, for comparison with the script's; no baselines.
+"""OM2P with one of its choices made otherwise, and rivals with one of OM2P's; no baselines.
 
     python benchmark/variants.py --task simple_spread --quality medium --variant released
 
@@ -10,14 +10,18 @@ penalty            the squared distance of actions to the box [-1, 1] is added t
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
 conservative       the critics' loss gets the term of OMAR's and DOM2's, ten uniform actions and the
                    policy's own, with its weight there; for --cql-alpha 0
+cql                for other methods, as --method fql: the critics' loss gets OM2P's conservative
+                   term, one uniform action with OM2P's weight
 
 Two more, whose cost alone is measured, by benchmark/efficiency.py: layers agent by agent, and du/dr
 from the batch's Jacobian.
 """
 
+import importlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +41,15 @@ from om2p_mpe import MeanFlowPolicy  # noqa: E402
 om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
 
+METHODS = ("om2p", "td3_bc", "diffusion_ql", "flow_ql", "fql")
+OF_OM2P = ("no-derivative", "q-at-noise", "released", "penalty", "smaller-q", "conservative")
+
+
 @dataclass
-class Args(om2p_mpe.Args):
-    variant: Literal[
-        "no-derivative", "q-at-noise", "released", "penalty", "smaller-q", "conservative"
-    ] = "released"
+class Choice:
+    method: Literal[METHODS] = "om2p"
+    """whose script is changed; its other flags follow"""
+    variant: Literal[(*OF_OM2P, "cql")] = "released"
     """what is made otherwise"""
 
 
@@ -113,6 +121,13 @@ def conservative_critic_loss(critic, target_critic, policy, batch, gamma):
     return loss + rival.cql_alpha * gap, q
 
 
+def cql_critic_loss(critic_loss, critic, target_critic, policy, batch, *options):
+    """A method's loss of the critics, and OM2P's conservative term; and Q."""
+    loss, q = critic_loss(critic, target_critic, policy, batch, *options)
+    other = critic(batch["obs"], policy.mask * (2 * torch.rand_like(batch["action"]) - 1))
+    return loss + om2p_mpe.Args().cql_alpha * F.softplus(other - q).mean(dim=-1).sum(), q
+
+
 CHANGES = {
     "no-derivative": {"mean_flow_loss": no_derivative_loss},
     "q-at-noise": {"policy_loss": q_at_noise_loss},
@@ -161,9 +176,26 @@ def jacobian_loss(policy, obs, action, noise, r, t, *_):
     return ((u - (v + (t - r) * along)) ** 2).mean(dim=(-2, -1)).sum()
 
 
+def parse(line: list[str]) -> tuple:
+    """The script of the method that a command line names, and all settings, with the variant."""
+    words = dict(pairwise(" ".join(line).replace("=", " ").split()))
+    method = {name: name for name in METHODS}.get(words.get("--method"), "om2p")
+    script = importlib.import_module(f"{method}_mpe")
+    args = tyro.cli(make_dataclass("Args", [], bases=(Choice, script.Args)), args=line)
+    if (method == "om2p") != (args.variant in OF_OM2P):
+        raise SystemExit("error: --variant cql is for all methods but om2p, the others for om2p")
+    return script, args
+
+
+def main() -> None:
+    """Train the method that is named, changed."""
+    script, args = parse(sys.argv[1:])
+    cql = {"critic_loss": partial(cql_critic_loss, script.critic_loss)}
+    for name, value in CHANGES.get(args.variant, cql).items():
+        setattr(script, name, value)
+    script.__file__ = __file__  # names the run directory, and is what is copied there
+    script.train(args)
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for name, value in CHANGES[args.variant].items():
-        setattr(om2p_mpe, name, value)
-    om2p_mpe.__file__ = __file__  # names the run directory, and is what is copied there
-    om2p_mpe.train(args)
+    main()

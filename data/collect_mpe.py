@@ -6,7 +6,8 @@ actions), partly trained (`medium`) and trained (`expert`), with Gaussian explor
 the behaviour policies in `data/behavior/`, which `data/train_behavior.py` has trained; in place of
 a replay buffer it rolls out snapshots taken evenly over the training up to `medium`. The mixtures
 `medium-expert` and `random-medium` are the first 90 % of one dataset, then the first 10 % of the
-other, as in OM2P's release.
+other, as in OM2P's release. `multi-expert` has N teams in equal shares: the expert team, with its
+agents renumbered in turn. These have the same return, by other conventions of who does what.
 
     python data/collect_mpe.py --task simple_spread --quality expert --seed 0
 
@@ -45,7 +46,7 @@ Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert"
 class Args:
     task: str = "simple_spread"
     """simple_spread, simple_tag, simple_world, or simple_spread-5 with five agents and targets"""
-    quality: Quality = "expert"
+    quality: Literal[Quality, "multi-expert"] = "expert"
     """whose behaviour is recorded"""
     seed: int = 0
     """seed of initial states and noise, 0 or more; part of the dataset's path"""
@@ -70,7 +71,32 @@ class Behavior(nn.Module):
         return (action + noise_sd * torch.randn_like(action)).clamp(-1, 1)
 
 
-def load_behavior(task: str, quality: str, env) -> list[Behavior | None]:
+class Renumbered:
+    """The team whose agent i does what agent (i + shift) mod N of another team would in its place.
+
+    The particle tasks treat their learners alike, so that both teams have the same return. (The
+    prey's network does not quite, which returns do not show.)
+    """
+
+    def __init__(self, team: Behavior, shift: int, env: MPE):
+        self.team, self.shift, N = team, shift, env.num_agents
+        self.agents = [(role - shift) % N for role in range(N)]  # who acts as agent `role`
+        others = 4 + 2 * env.landmarks.shape[1]  # where in the observations they begin
+        self.columns = torch.arange(max(env.obs_dims)).repeat(N, 1)
+        for role, i in enumerate(self.agents):
+            roles = [other for other in range(N) if other != role]
+            places = [self.agents[other] - (self.agents[other] > i) for other in roles]
+            places = torch.tensor([2 * place + axis for place in places for axis in range(2)])
+            self.columns[role, others : others + len(places)] = others + places
+
+    def act(self, obs: Tensor, noise_sd: float = 0.0) -> Tensor:
+        """(N, B, obs_dim) -> actions (N, B, action_dim) in [-1, 1]."""
+        pairs = zip(self.agents, self.columns, strict=True)
+        roles = torch.stack([obs[i][:, columns] for i, columns in pairs])
+        return self.team.act(roles, noise_sd).roll(-self.shift, dims=0)
+
+
+def load_behavior(task: str, quality: str, env) -> list[Behavior | Renumbered | None]:
     """The policies whose roll-outs make up a dataset, in the order of training; None is random.
 
     data/behavior/<task>.npz holds `replay_<k>`, `medium_<k>` and `expert_<k>`: parameter k, weights
@@ -79,7 +105,7 @@ def load_behavior(task: str, quality: str, env) -> list[Behavior | None]:
     """
     if quality == "random":
         return [None]
-    stage, path, policies = quality.removeprefix("medium-"), BEHAVIOR_DIR / f"{task}.npz", []
+    stage, path, policies = quality.rpartition("-")[2], BEHAVIOR_DIR / f"{task}.npz", []
     remedy = f"`python data/train_behavior.py --task {task} --out {path}` makes it"
     with fail_as(f"{path} cannot be used; {remedy}"), np.load(path) as file:
         parameters = [torch.from_numpy(file[f"{stage}_{k}"]).float() for k in range(6)]
@@ -87,6 +113,8 @@ def load_behavior(task: str, quality: str, env) -> list[Behavior | None]:
             policies.append(Behavior(env.num_agents, max(env.obs_dims), max(env.action_dims)))
             keys = policies[-1].state_dict()
             policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
+    if quality == "multi-expert":
+        return [Renumbered(policies[0], shift, env) for shift in range(env.num_agents)]
     return policies
 
 
@@ -178,6 +206,8 @@ def collect(args, env, record: Callable, prey: str = "none") -> dict:
         parts = [record(team) for team in teams]
         known = f"snapshot(s) of MATD3, exploration noise {args.noise}"
         actors = [f"{len(team)} {known}" if team[0] else "random actions" for team in teams]
+        if args.quality == "multi-expert":
+            actors = [f"{len(teams[0])} numberings of the agents of 1 {known}"]
     shares = (0.9, 0.1) if len(names) == 2 else (1.0,)
     sizes = [round(x * part["obs"].shape[1]) for x, part in zip(shares, parts, strict=True)]
     data = {
@@ -205,6 +235,11 @@ def collect(args, env, record: Callable, prey: str = "none") -> dict:
         f"--seed {args.seed} --num-transitions {args.num_transitions} --noise {args.noise}",
         "versions": f"torch {torch.__version__}, numpy {np.__version__}",
     }
+    if args.quality == "multi-expert":  # an episode's first observations do not tell the team
+        first = torch.from_numpy(data["obs"][:, :: env.horizon])
+        one, two = (team.act(first) for team in teams[0][:2])
+        apart = f"{(one - two).norm(dim=-1).median():.2f}"
+        card["actions of two teams"] = f"{apart} apart, median over agents and first observations"
     for key, dims in (
         ("obs", env.obs_dims),
         ("next_obs", env.obs_dims),

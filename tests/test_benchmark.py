@@ -20,6 +20,7 @@ import tyro
 from conftest import ROOT, refusal
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import conventions
 import efficiency
 import frozen_critic
 import noise
@@ -58,7 +59,8 @@ def test_commands(grid):
         if cell.seed > 0:
             continue  # the same but for the number
         script = importlib.import_module(script.rpartition("/")[2].removesuffix(".py"))
-        args = tyro.cli(script.Args, args=line)
+        is_variant = script is variants
+        args = variants.parse(line)[1] if is_variant else tyro.cli(script.Args, args=line)
         assert (args.task, args.quality, args.resume) == (cell.task, cell.quality, True)
         assert args.eval_episodes == (20 if args.task == run.CHEETAH else 1000)
         assert folder.parents[1] == args.run_dir / f"{args.task}-{args.quality}"
@@ -257,6 +259,25 @@ def test_against(monkeypatch):
     assert lines["FQL"] == ["-1.0 ± 8.0", "0 of 2", "50.0 ± 0.0"]
 
 
+def test_conservative(monkeypatch):
+    """A row without the term and one with it, means over tasks by quality, of the same seeds."""
+    rows = pd.DataFrame(run.MPE, columns=["task", "quality"])
+    rows["data"], rows["score"] = rows.task + " " + rows.quality, 3.0 * rows.index
+    pairs = product(("om2p", "fql"), range(3))
+    rows = pd.concat([rows.assign(method=m, seed=s) for m, s in pairs], ignore_index=True)
+    changed = rows[rows.seed < 2].assign(score=rows.score + 1)
+    tables = {"mpe.csv": rows.assign(score=rows.score + 9 * (rows.seed == 2))}
+    monkeypatch.setattr(report, "read", lambda name: tables.get(name, changed))
+    monkeypatch.setattr(report, "machine_line", lambda _: "")
+    lines = [split_row(line)[1:-1] for line in report.conservative_table().splitlines()]
+    names = product(("OM2P", "FQL"), ("without", "with"))
+    assert [row[:2] for row in lines[2:]] == [*map(list, names)]
+    plain, more = (
+        [f"{x:.1f} ± 0.0" for x in (12 + k, 15 + k, 18 + k, 21 + k, 16.5 + k)] for k in (0, 1)
+    )
+    assert [row[2:] for row in lines[2:]] == [more, plain, plain, more]
+
+
 def split_row(line: str) -> list[str]:
     """The cells of a table's row, with what is before and behind it."""
     return [cell.strip() for cell in line.split("|")]
@@ -375,18 +396,60 @@ def test_smaller_q():
     torch.testing.assert_close(found, 2 * (0.5 * q.amin(dim=0)).square().mean(dim=-1).sum())
 
 
-def test_variant_trains(make_data, tmp_path, monkeypatch):
+def test_rivals_with_om2ps_conservative_term():
+    """0.1 softplus(Q(o, a') - Q(o, a)) with one uniform action, on top of a method's own loss."""
+    policy, obs, action, _ = make_variant(MeanFlowPolicy)
+    policy.mask, seen = torch.tensor([1.0, 0.0]).expand(2, 1, 2), []
+    q = torch.randn(2, 2, 8)
+
+    def critic(obs, action):
+        seen.append(action)
+        return action.sum(dim=-1).expand(2, 2, 8)
+
+    args = critic, None, policy, {"obs": obs, "action": action}, 0.5, torch.amin
+    found, same = variants.cql_critic_loss(lambda *given: (len(given), q), *args)
+    other = seen.pop()
+    assert same is q
+    assert not seen
+    assert 0.5 < other[..., 0].abs().max() <= 1
+    assert not other[..., 1].any()
+    gap = other.sum(dim=-1) - q
+    torch.testing.assert_close(found, 6 + 0.1 * gap.exp().log1p().mean(dim=-1).sum())
+
+
+@pytest.mark.parametrize(
+    ("words", "loss"),
+    [("--variant conservative", "conservative_critic_loss"), ("--variant cql --method=fql", "")],
+)
+def test_variant_trains(words, loss, make_data, tmp_path, monkeypatch):
     """The command line trains the variant, under a run directory of its own."""
     make_data(tmp_path / "data")
+    script = om2p_mpe if loss else importlib.import_module("fql_mpe")
     for name in ("critic_loss", "__file__"):  # what it changes is changed back
-        monkeypatch.setattr(om2p_mpe, name, getattr(om2p_mpe, name))
-    line = "--variant conservative --num-updates 2 --eval-episodes 2 --hidden-dims 8 --no-compile"
+        monkeypatch.setattr(script, name, getattr(script, name))
+    line = f"{words} --num-updates 2 --eval-episodes 2 --hidden-dims 8 --no-compile"
     monkeypatch.setattr(sys, "argv", ["variants.py", *line.split()])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(variants.__file__, run_name="__main__")
     (folder,) = tmp_path.glob("runs/simple_spread-expert/variants/seed-0")
     assert "conservative_critic_loss" in (folder / "variants.py").read_text()
-    assert om2p_mpe.critic_loss.__name__ == "conservative_critic_loss"
+    changed = script.critic_loss
+    assert getattr(changed, "func", changed).__name__ == (loss or "cql_critic_loss")
+
+
+@pytest.mark.parametrize("words", ["--variant cql", "--variant penalty --method fql"])
+def test_variants_of_other_methods(words, monkeypatch):
+    """OM2P has OM2P's variants, others have the conservative term."""
+    monkeypatch.setattr(sys, "argv", ["variants.py", *words.split()])
+    assert "--variant cql is for all methods but om2p" in refusal(variants.main)
+
+
+def test_mixed_conventions():
+    """Every agent's action is that of the team that it has chosen, for every episode."""
+    teams = [SimpleNamespace(act=lambda obs, _, k=k: obs[..., :2] + 10 * k) for k in range(3)]
+    number, obs = torch.tensor([[0, 2, 1], [2, 0, 0]]), torch.rand(2, 3, 4)
+    policy = conventions.Mixed(teams, lambda actions: conventions.pick(actions, number))
+    torch.testing.assert_close(policy.act(obs), obs[..., :2] + 10 * number[..., None])
 
 
 def test_several_steps():

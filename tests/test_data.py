@@ -288,6 +288,51 @@ def test_mixtures(place, tmp_path):
     assert (facts["transitions"], facts["episodes"]) == (500, 20)
 
 
+@pytest.mark.parametrize("task", ["simple_spread", "simple_tag", "simple_world"])
+def test_renumbered_teams_play_the_same_episodes(task):
+    """From a start with its agents renumbered, a team's episode is the same, renumbered."""
+    worlds = [MPE(task, 20), MPE(task, 20)]
+    N = worlds[0].num_agents
+    prey = 0.5 * np.ones((len(worlds[0].size) - N, 20, 2))  # a network would see who is who
+    plain, renumbered = (
+        collect_mpe.load_behavior(task, quality, worlds[0])
+        for quality in ("expert", "multi-expert")
+    )
+    assert len(renumbered) == N
+    for shift, team in enumerate(renumbered):
+        order = [*np.roll(np.arange(N), -shift), *range(N, len(worlds[0].size))]
+        obs = [worlds[0].reset(5), worlds[1].reset(5)]
+        worlds[1].pos = worlds[0].pos[:, order]
+        obs[1] = worlds[1].observe(range(N))
+        for _ in range(MPE.horizon):
+            both = zip((plain[0], team), obs, strict=True)
+            actions = [x.act(torch.from_numpy(y)).detach().numpy() for x, y in both]
+            assert_allclose(actions[1], actions[0][order[:N]], atol=1e-5)
+            both = zip(worlds, actions, strict=True)
+            results = [world.step(np.concatenate([action, prey])) for world, action in both]
+            obs, rewards = zip(*results, strict=True)
+            assert_allclose(worlds[1].pos, worlds[0].pos[:, order], atol=1e-5)
+            assert_allclose(rewards[1], rewards[0][order[:N]], atol=1e-3)
+
+
+def test_multi_expert(tmp_path):
+    """Equal shares of N teams that return what the expert does, and begin otherwise."""
+    facts, files = collect(tmp_path, "simple_spread", "multi-expert", 30_000)
+    returns = np.mean([files[f"rews_{i}"].reshape(-1, 25).sum(axis=1) for i in range(3)], axis=0)
+    shares = returns.reshape(3, 400).mean(axis=1)
+    assert shares == pytest.approx(card.PUBLIC_RETURNS["simple_spread"]["expert"], abs=20)
+    assert "3 numberings of the agents of 1 snapshot" in facts["behaviour"]
+    assert 0.8 < float(facts["actions of two teams"].split()[0]) < 2.8
+    env = MPE("simple_spread", 1)
+    teams = collect_mpe.load_behavior("simple_spread", "multi-expert", env)
+    obs = torch.from_numpy(np.stack([files[f"obs_{i}"][::25] for i in range(3)]))
+    action = np.stack([files[f"acs_{i}"][::25] for i in range(3)])
+    gaps = [np.abs(action - team.act(obs).detach().numpy()).mean(axis=(0, 2)) for team in teams]
+    for k, gap in enumerate(gaps):  # nothing but exploration noise in its own share
+        assert gap.reshape(3, 400).mean(axis=1).argmin() == k
+        assert gap.reshape(3, 400).mean(axis=1)[k] < 0.1
+
+
 @pytest.mark.parametrize("task", ["simple_tag", "Reacher-2x1"])
 def test_mixture_of_public_data(task, make_data, make_mujoco_data, tmp_path):
     """Of data that are there and not from here, all rows count, whatever --num-transitions is."""
