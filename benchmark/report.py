@@ -253,16 +253,17 @@ def conservative_table() -> str:
     """Scores by quality with OM2P's conservative term in the critics' loss, and without it."""
     plain, changed = read("mpe.csv"), read("conservative.csv")
     plain, lines = plain[plain.seed.isin(changed.seed)], []
+    ours = averages(plain, "om2p", "mpe")
     for method in (name for name in draw.LOOKS if name in {"om2p", *changed.method}):
         pair = (changed, plain) if method == "om2p" else (plain, changed)
         for term, rows in zip(("without", "with"), pair, strict=True):
             part = rows[rows.method == method]
-            if len(averages(part, method, "mpe")):
+            if found := averages(part, method, "mpe"):
                 scores = part.groupby(["seed", "quality"]).score.mean().unstack()
                 cells = (estimate(scores[quality].tolist()) for quality in QUALITIES)
-                average = estimate(averages(part, method, "mpe"))
-                lines.append((draw.NAMES[method], term, *cells, average))
-    header = ("method", "conservative term", *QUALITIES, "average")
+                gap = estimate(np.subtract(found, ours))
+                lines.append((draw.NAMES[method], term, *cells, estimate(found), gap))
+    header = ("method", "conservative term", *QUALITIES, "average", "less OM2P's, paired")
     return markdown(lines, header) + machine_line("conservative")
 
 

@@ -50,7 +50,9 @@ KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 Cell = namedtuple("Cell", ("method", "task", "quality", "seed", "setting", "value"))
 # Data that are narrow, broad, and hard to improve on
 ABLATION_DATA = [*zip(TASKS, ("medium", "medium-replay", "expert"), strict=True)]
-MULTI = [("simple_spread", "multi-expert")]  # the hunters' conventions differ by little
+MULTI = [
+    ("simple_spread", "multi-expert")
+]  # the hunters' conventions differ by little: see the cards
 # Changes by method: a flag and its values; + joins flags that change together, a comma a list
 DEFAULTS = dict.fromkeys(METHODS, "")
 TUNING = {  # what matters most in each method, and step sizes

@@ -6,8 +6,8 @@ actions), partly trained (`medium`) and trained (`expert`), with Gaussian explor
 the behaviour policies in `data/behavior/`, which `data/train_behavior.py` has trained; in place of
 a replay buffer it rolls out snapshots taken evenly over the training up to `medium`. The mixtures
 `medium-expert` and `random-medium` are the first 90 % of one dataset, then the first 10 % of the
-other, as in OM2P's release. `multi-expert` has N teams in equal shares: the expert team, with its
-agents renumbered in turn. These have the same return, by other conventions of who does what.
+other, as in OM2P's release. `multi-expert` has N teams in equal shares: the expert team under each
+cyclic permutation of its agents. These have the same return, by other conventions of who does what.
 
     python data/collect_mpe.py --task simple_spread --quality expert --seed 0
 
@@ -71,7 +71,7 @@ class Behavior(nn.Module):
         return (action + noise_sd * torch.randn_like(action)).clamp(-1, 1)
 
 
-class Renumbered:
+class Permuted:
     """The team whose agent i does what agent (i + shift) mod N of another team would in its place.
 
     The particle tasks treat their learners alike, so that both teams have the same return. (The
@@ -96,7 +96,7 @@ class Renumbered:
         return self.team.act(roles, noise_sd).roll(-self.shift, dims=0)
 
 
-def load_behavior(task: str, quality: str, env) -> list[Behavior | Renumbered | None]:
+def load_behavior(task: str, quality: str, env) -> list[Behavior | Permuted | None]:
     """The policies whose roll-outs make up a dataset, in the order of training; None is random.
 
     data/behavior/<task>.npz holds `replay_<k>`, `medium_<k>` and `expert_<k>`: parameter k, weights
@@ -114,7 +114,7 @@ def load_behavior(task: str, quality: str, env) -> list[Behavior | Renumbered | 
             keys = policies[-1].state_dict()
             policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
     if quality == "multi-expert":
-        return [Renumbered(policies[0], shift, env) for shift in range(env.num_agents)]
+        return [Permuted(policies[0], shift, env) for shift in range(env.num_agents)]
     return policies
 
 
@@ -207,7 +207,7 @@ def collect(args, env, record: Callable, prey: str = "none") -> dict:
         known = f"snapshot(s) of MATD3, exploration noise {args.noise}"
         actors = [f"{len(team)} {known}" if team[0] else "random actions" for team in teams]
         if args.quality == "multi-expert":
-            actors = [f"{len(teams[0])} numberings of the agents of 1 {known}"]
+            actors = [f"{len(teams[0])} permutations of the agents of 1 {known}"]
     shares = (0.9, 0.1) if len(names) == 2 else (1.0,)
     sizes = [round(x * part["obs"].shape[1]) for x, part in zip(shares, parts, strict=True)]
     data = {

@@ -260,7 +260,7 @@ def test_against(monkeypatch):
 
 
 def test_conservative(monkeypatch):
-    """A row without the term and one with it, means over tasks by quality, of the same seeds."""
+    """Rows without the term and with it, of the same seeds, unless there are none."""
     rows = pd.DataFrame(run.MPE, columns=["task", "quality"])
     rows["data"], rows["score"] = rows.task + " " + rows.quality, 3.0 * rows.index
     pairs = product(("om2p", "fql"), range(3))
@@ -269,13 +269,20 @@ def test_conservative(monkeypatch):
     tables = {"mpe.csv": rows.assign(score=rows.score + 9 * (rows.seed == 2))}
     monkeypatch.setattr(report, "read", lambda name: tables.get(name, changed))
     monkeypatch.setattr(report, "machine_line", lambda _: "")
-    lines = [split_row(line)[1:-1] for line in report.conservative_table().splitlines()]
-    names = product(("OM2P", "FQL"), ("without", "with"))
-    assert [row[:2] for row in lines[2:]] == [*map(list, names)]
+
+    def lines():
+        return [split_row(line)[1:-1] for line in report.conservative_table().splitlines()[2:]]
+
+    names = [*map(list, product(("OM2P", "FQL"), ("without", "with")))]
+    found = lines()
+    assert [row[:2] for row in found] == names
     plain, more = (
         [f"{x:.1f} ± 0.0" for x in (12 + k, 15 + k, 18 + k, 21 + k, 16.5 + k)] for k in (0, 1)
     )
-    assert [row[2:] for row in lines[2:]] == [more, plain, plain, more]
+    assert [row[2:-1] for row in found] == [more, plain, plain, more]
+    assert [row[-1] for row in found] == [f"{x} ± 0.0" for x in ("1.0", "0.0", "0.0", "1.0")]
+    changed = changed[changed.method == "fql"]
+    assert [row[:2] for row in lines()] == names[1:]
 
 
 def split_row(line: str) -> list[str]:
@@ -445,11 +452,23 @@ def test_variants_of_other_methods(words, monkeypatch):
 
 
 def test_mixed_conventions():
-    """Every agent's action is that of the team that it has chosen, for every episode."""
-    teams = [SimpleNamespace(act=lambda obs, _, k=k: obs[..., :2] + 10 * k) for k in range(3)]
+    """Every agent's action is that of the team that it has chosen, with the data's noise."""
+    acts = [lambda obs, sd, k=k: obs[..., :2] + 10 * k + (sd - 0.1) for k in range(3)]
+    teams = [SimpleNamespace(act=act) for act in acts]
     number, obs = torch.tensor([[0, 2, 1], [2, 0, 0]]), torch.rand(2, 3, 4)
     policy = conventions.Mixed(teams, lambda actions: conventions.pick(actions, number))
     torch.testing.assert_close(policy.act(obs), obs[..., :2] + 10 * number[..., None])
+
+
+def test_table_of_conventions(monkeypatch, tmp_path):
+    """Fewer episodes give the returns of the table, within five standard errors."""
+    monkeypatch.setattr(conventions, "ROOT", tmp_path)
+    monkeypatch.setattr(conventions, "EPISODES", 300)
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    conventions.main()
+    name = "benchmark/results/conventions.csv"
+    few, many = (pd.read_csv(root / name)["return"].tolist() for root in (tmp_path, ROOT))
+    assert few == pytest.approx(many, abs=30)
 
 
 def test_several_steps():

@@ -289,17 +289,17 @@ def test_mixtures(place, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["simple_spread", "simple_tag", "simple_world"])
-def test_renumbered_teams_play_the_same_episodes(task):
-    """From a start with its agents renumbered, a team's episode is the same, renumbered."""
+def test_permuted_teams_play_the_same_episodes(task):
+    """From a start with its agents permuted, a team's episode is the same, permuted."""
     worlds = [MPE(task, 20), MPE(task, 20)]
     N = worlds[0].num_agents
     prey = 0.5 * np.ones((len(worlds[0].size) - N, 20, 2))  # a network would see who is who
-    plain, renumbered = (
+    plain, permuted = (
         collect_mpe.load_behavior(task, quality, worlds[0])
         for quality in ("expert", "multi-expert")
     )
-    assert len(renumbered) == N
-    for shift, team in enumerate(renumbered):
+    assert len(permuted) == N
+    for shift, team in enumerate(permuted):
         order = [*np.roll(np.arange(N), -shift), *range(N, len(worlds[0].size))]
         obs = [worlds[0].reset(5), worlds[1].reset(5)]
         worlds[1].pos = worlds[0].pos[:, order]
@@ -321,7 +321,7 @@ def test_multi_expert(tmp_path):
     returns = np.mean([files[f"rews_{i}"].reshape(-1, 25).sum(axis=1) for i in range(3)], axis=0)
     shares = returns.reshape(3, 400).mean(axis=1)
     assert shares == pytest.approx(card.PUBLIC_RETURNS["simple_spread"]["expert"], abs=20)
-    assert "3 numberings of the agents of 1 snapshot" in facts["behaviour"]
+    assert "3 permutations of the agents of 1 snapshot" in facts["behaviour"]
     assert 0.8 < float(facts["actions of two teams"].split()[0]) < 2.8
     env = MPE("simple_spread", 1)
     teams = collect_mpe.load_behavior("simple_spread", "multi-expert", env)
