@@ -1,9 +1,9 @@
 """DOM2 on the Multi-Agent Particle Environments.
 
 DOM2 (Li et al., 2023, arxiv.org/abs/2307.01472): every agent's policy is a diffusion model in
-continuous time with the score network of SfBC (Chen et al., 2023, arxiv.org/abs/2209.14548),
-sampled in a few steps of the first-order DPM-Solver (Lu et al., 2022, arxiv.org/abs/2206.00927).
-The gradient of a conservative critic runs back through them.
+continuous time. The score network is SfBC's (Chen et al., 2023, arxiv.org/abs/2209.14548). A few
+steps of the first-order DPM-Solver (Lu et al., 2022, arxiv.org/abs/2206.00927) give an action. The
+gradient of a conservative critic runs back through them.
 
     alpha_t, sigma_t     signal and noise at time t of the VP-SDE, 0 at t = 0; beta from 0.1 to 20
     x_t                  alpha_t action + sigma_t e, with e ~ N(0, I)

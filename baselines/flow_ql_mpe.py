@@ -1,7 +1,7 @@
 """Flow-QL, a multi-step flow policy under a critic, on the Multi-Agent Particle Environments.
 
 The flow counterpart of Diffusion-QL: every agent's policy is a flow-matching model (Lipman et al.,
-2023, arxiv.org/abs/2210.02747) that turns noise into an action in `flow_steps` Euler steps, and the
+2023, arxiv.org/abs/2210.02747). It turns noise into an action in `flow_steps` Euler steps. The
 gradient of its critic runs back through all of them. With one step and a mean velocity in place of
 the velocity it becomes OM2P; everything else is shared with om2p_mpe.py.
 

@@ -8,10 +8,10 @@ critic. A one-step policy, which acts, is distilled from it, noise by noise, and
     L = E || v(x_t, t | o) - (action - noise) ||^2                             flow matching
       + E || mu(o, e) - flow(o, e) ||^2 - q_weight E[Q(o, a_pi)] / |Q|         distillation and Q
 
-Differences from the paper: 1. its weight alpha of the distillation is 1 / q_weight here, on the Q
-term, so that settings compare across methods (the one-step policy's loss is the same up to a
-factor, which Adam does not see), and Q is always normalised; 2. networks, step sizes and batches
-are those of om2p_mpe.py, which see.
+Differences from the paper: 1. the weight stands at the Q term, as in the other methods, not at the
+distillation: q_weight is 1 / alpha. That scales the one-step policy's loss by a factor, which Adam
+does not see. 2. Q is always normalised. 3. Networks, step sizes and batches are those of
+om2p_mpe.py, which see.
 
 Agents are stacked along the first dimension, as in om2p_mpe.py. In shapes: N agents, B batch,
 E critics, K episodes, T transitions.

@@ -1,9 +1,9 @@
 """OMAR (Pan et al., 2022, arxiv.org/abs/2111.11188) on multi-agent MuJoCo.
 
 Every agent has a deterministic policy and twin critics of conservative Q-learning (CQL, Kumar et
-al., 2020, arxiv.org/abs/2006.04779), which value recorded actions above others: uniform ones and,
-other than on the particle environments, the policy's own. The policy climbs its critic, and
-imitates the best action that a zeroth-order search over the critic finds.
+al., 2020, arxiv.org/abs/2006.04779), which value recorded actions above others: uniform ones and
+the policy's own (on the particle environments uniform ones alone). The policy climbs its critic,
+and imitates the best action that a zeroth-order search over the critic finds.
 
     a_pi = tanh(mu(o))                                                        the action
     L_Q = TD + cql_alpha (log sum_j exp(Q(o, a_j) - log p(a_j)) - Q(o, a_data))       a_j ~ p
@@ -12,14 +12,13 @@ imitates the best action that a zeroth-order search over the critic finds.
 
 `--omar-coe 0` is MA-CQL.
 
-Differences from the paper and its code: 1. the agents' gradients are not clipped; 2. rewards are
-divided by their standard deviation, which also puts the two terms of L and of L_Q on one scale for
-all tasks, so that one pair (omar_coe, cql_alpha) serves all datasets, where the paper tunes a pair
-for each; 3. networks, step sizes and batches are those of om2p_mamujoco.py, which see (the paper:
-256 x 2, 3e-4, 256), without batch norm of the inputs, which the code has; 4. the search is that of
-the particle environments (the code's for HalfCheetah: a cross-entropy search, 2 rounds of 20
-samples with 5 elites); 5. from Q of the policy's sampled actions the log of their density is
-subtracted (the code: the density).
+Differences from the paper and its code: 1. the agents' gradients are not clipped. 2. Rewards are
+divided by their standard deviation, so that L and L_Q weigh terms alike in all tasks. One pair
+(omar_coe, cql_alpha) serves all datasets; the paper tunes a pair for each. 3. Networks, step sizes
+and batches are those of om2p_mamujoco.py (the paper: 256 x 2, 3e-4, 256). 4. Inputs are not
+normalised; the code has batch norm there. 5. The search is that of the particle environments (the
+code's for HalfCheetah: a cross-entropy search, 2 rounds of 20 samples with 5 elites). 6. From Q of
+the policy's sampled actions the log of their density is subtracted (the code: the density).
 
 Agents are stacked along the first dimension, as in om2p_mamujoco.py. In shapes: N agents, B batch,
 E critics, J sampled actions, K episodes, T transitions.

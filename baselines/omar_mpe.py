@@ -11,11 +11,11 @@ its critic, and imitates the best action that a zeroth-order search over the cri
 
 `--omar-coe 0` is MA-CQL.
 
-Differences from the paper and its code: 1. the agents' gradients are not clipped; 2. rewards are
-divided by their standard deviation, which also puts the two terms of L and of L_Q on one scale for
-all tasks, so that one pair (omar_coe, cql_alpha) serves all datasets, where the paper tunes a pair
-for each; 3. networks, step sizes and batches are those of om2p_mpe.py, which see (the paper:
-64 x 2, 1e-2, 1024), without batch norm of the inputs, which the code has.
+Differences from the paper and its code: 1. the agents' gradients are not clipped. 2. Rewards are
+divided by their standard deviation, so that L and L_Q weigh terms alike in all tasks. One pair
+(omar_coe, cql_alpha) serves all datasets; the paper tunes a pair for each. 3. Networks, step sizes
+and batches are those of om2p_mpe.py (the paper: 64 x 2, 1e-2, 1024). 4. Inputs are not normalised;
+the code has batch norm there.
 
 Agents are stacked along the first dimension, as in om2p_mpe.py. In shapes: N agents, B batch,
 E critics, J sampled actions, K episodes, T transitions.

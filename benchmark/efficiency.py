@@ -2,6 +2,7 @@
 
     python benchmark/efficiency.py                  # on the CPU, or on a GPU if there is one
     python benchmark/efficiency.py --parts equal --methods om2p diffusion_ql-20
+    python benchmark/efficiency.py --parts equal default --rounds 3  # where times are noisy
 
 The update is the script's: its `train` is run on random data, and what it hands to `compiled` is
 measured. Sizes are those of simple_spread: 3 agents, 18 observed numbers, 2-dimensional actions.
@@ -24,7 +25,7 @@ import os
 import sys
 import tempfile
 from bisect import bisect_left
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,8 @@ class Args:
     """of agents, batch and width the largest sizes alone"""
     shrink: int = 1
     """divide all widths and batches by so much: for rehearsals"""
+    rounds: int = 1
+    """times that every point is measured, all points in turn; the table has the medians"""
 
 
 def shrunk(point: Point, divisor: int) -> Point:
@@ -276,7 +279,7 @@ def measure(point: Point, args: Args) -> dict:
         settings |= {"batch_size": point.batch, "hidden_dims": hidden_dims}
         module.train(module.Args(num_updates=1, **settings))
     row = point._asdict() | {"score_dims": "x".join(map(str, settings.get("score_dims", ())))}
-    return row | {key: float(f"{value:.5g}") for key, value in result.items()}
+    return row | result
 
 
 def quiet() -> None:
@@ -302,13 +305,17 @@ def main(args: Args) -> None:
     os.environ.update(KEEP_MEMORY)
     process = {"mp_context": get_context("spawn"), "initializer": quiet, "max_tasks_per_child": 1}
     with ProcessPoolExecutor(1, **process) as pool:
+        wanted, found = args.rounds * wanted, defaultdict(list)
         jobs = [pool.submit(measure, point, args) for point in wanted]
         for point, job in zip(tqdm(wanted, unit="point"), jobs, strict=True):
             try:
-                rows[point] = job.result()
+                found[point].append(job.result())
             except (Exception, SystemExit) as problem:
                 failed[point.method] = f"{problem!r}".splitlines()[0]
                 continue
+            medians = pd.DataFrame(found[point]).drop(columns=[*KEY]).median(numeric_only=True)
+            numbers = {key: float(f"{value:.5g}") for key, value in medians.items()}
+            rows[point] = found[point][0] | numbers
             write_table(table, [rows[key] for key in order if key in rows])
     if failed:
         raise SystemExit("\n".join(f"error: {name}: {why}" for name, why in failed.items()))

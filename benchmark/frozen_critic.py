@@ -4,10 +4,11 @@
 
 On random data of simple_spread all recorded behaviour is equally poor, and a policy is as good as
 it follows its critic. MA-TD3+BC is trained there. Its critic then stands still, and each method's
-policy learns from it by its own loss. Writes benchmark/results/frozen_critic.csv: every team's
-score, that of the best of 64 uniform actions by the critic, and `linear`, the share of the mean
-action's variance over recorded observations that a linear function of the observation explains
-(for the critic: of its gradient at action 0). Finished runs are not run again.
+policy learns from it by its own loss. Writes every team's score to
+benchmark/results/frozen_critic.csv, and that of the best of 64 uniform actions by the critic. Its
+column `linear` is a share of the variance of the mean action over recorded observations: what a
+linear function of the observation explains. For the critic it is that of its gradient at action 0.
+Finished runs are not run again.
 """
 
 import sys

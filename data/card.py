@@ -3,9 +3,9 @@
     python data/card.py data/simple_spread/expert/seed_0_data
 
 Reads {obs,acs,rews,next_obs,dones}_{i}.npy of all agents i; next_obs may be missing. An episode
-ends where `dones` is not 0 for some agent, where some agent's next_obs is not the next row's obs,
-or after --horizon rows, else the task's if the path names it. Returns are of whole episodes: of
-those that are done, or as long as the longest one.
+ends where `dones` is not 0 for some agent, or where some agent's next_obs is not the next row's
+obs. It ends after --horizon rows at the latest, by default the horizon of the task that the path
+names. Returns are of whole episodes: of those that are done, or as long as the longest one.
 
 Three counts are 0 in data that hold together. The first is of episodes inside the files that are
 shorter but not done; lost rows leave these behind. The second is of rows that go on although their

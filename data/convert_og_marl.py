@@ -13,15 +13,16 @@ folder, and --seed only names the result.
 
 Neither source has next observations: they are the next row's. An episode's last row, which has
 none, is dropped, so that 24 of 25 or 999 of 1,000 rows remain. Episodes end where the source says
-so (terminals, truncations, dones), after 25 or 1,000 rows at the latest, and in the particle tasks
-wherever a position does not follow from the velocity. `dones` is written as 0, as in OMAR's own
-particle data, for these tasks end by the time limit alone. The card tells whole episodes' returns.
+so (terminals, truncations, dones), and after 25 or 1,000 rows at the latest. In the particle tasks
+they also end wherever a position does not follow from the velocity. `dones` is written as 0, as in
+OMAR's own particle data, for these tasks end by the time limit alone. The card tells whole
+episodes' returns.
 
 Checked: vaults that Flashbax 0.1.3 (vault version 1.2) writes with the structure of OG-MARL's card
-are read, by tensorstore alone, without Flashbax and JAX. Not checked: the public files themselves,
-so neither the order of their seeds, nor whether they mark the ends of episodes, nor whether short
-replays are filled up with rows of zeros (cut off here), nor that the prey is the last agent
-(another place is refused, for its padding).
+are read, by tensorstore alone, without Flashbax and JAX. The public files themselves could not be
+checked. Open are the order of their seeds, and whether they mark the ends of episodes. Rows of
+zeros at the end of short replays are cut off. The prey is taken to be the last agent; at another
+place it is refused, for its padding.
 """
 
 import json
@@ -78,9 +79,9 @@ def find_vault(source: Path, quality: str) -> Path:
 def read_vault(folder: Path, args: Args) -> tuple[dict, np.ndarray, str]:
     """One seed of a vault: {key: (N, T, ...)} of the learning agents, marked ends (T,), a title.
 
-    A vault is one zarr array for each leaf of `structure_shape` in metadata.json, (seeds, time,
-    agents, ...), named by the keys on the way to it with a dot after each, and an array
-    `vault_index` of one number, the filled rows; all in one OCDBT database. Source:
+    A vault is one OCDBT database of zarr arrays, one for each leaf of `structure_shape` in
+    metadata.json. These are (seeds, time, agents, ...), and are named by the keys on the way to
+    the leaf, with a dot after each. `vault_index` is the number of filled rows. Source:
     github.com/instadeepai/flashbax, vault.py.
     """
     with fail_as("reading a vault needs `pip install -r requirements-convert.txt`"):

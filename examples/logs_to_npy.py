@@ -4,10 +4,10 @@
     python examples/logs_to_npy.py robots.hdf5 --out robots --obs 0:10 10:20 --action 0:3 3:6
 
 SOURCE is an .npz or HDF5 file in D4RL's layout, or the name of a local Minari dataset. In D4RL's
-layout all episodes stand one after the other, in rows of observations, actions, rewards (one, or
-one for each agent), terminals or terminations, timeouts or truncations, and next_observations if
-they were recorded. --obs and --action have one entry for every agent, its columns as Python counts
-them: `0:10`, or `0:10,34:37` if they are not in one piece.
+layout all episodes stand one after the other, in arrays of as many rows: observations, actions,
+rewards (one, or one for each agent), terminals or terminations, timeouts or truncations. It may
+have next_observations. --obs and --action have one entry for every agent, its columns as Python
+counts them: `0:10`, or `0:10,34:37` if they are not in one piece.
 
 OUT gets {obs,acs,rews,next_obs,dones}_{i}.npy of every agent i, float32. `dones` is 1 where the
 task ended (terminals), and 0 where only the recording did (timeouts). Without next_observations

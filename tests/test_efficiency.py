@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,26 @@ def test_table(tmp_path, monkeypatch):
     monkeypatch.setattr(efficiency, "machine", lambda *_, **__: machine | {"cores": -1})
     assert "another machine" in refusal(efficiency.main, args)
     assert (tmp_path / "efficiency_cpu.csv").read_bytes() == table
+
+
+def test_rounds(tmp_path, monkeypatch):
+    """All points are measured in turn, each as often as asked for; the table has the medians."""
+    monkeypatch.setattr(efficiency, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    rates, order = {"bc": iter((7.0, 1.0, 3.0)), "td3_bc": iter((20.0, 60.0, 40.0))}, []
+
+    def measured(point, _):
+        order.append(point.method)
+        return point._asdict() | {"updates_per_second": next(rates[point.method]), "gflop": 0.5}
+
+    monkeypatch.setattr(efficiency, "measure", measured)
+    args = efficiency.Args(("default",), ("bc", "td3_bc"), "cpu", False, rounds=3)
+    efficiency.main(replace(args, results_dir=tmp_path))
+    assert order == ["bc", "td3_bc"] * 3
+    table = (tmp_path / "efficiency_cpu.csv").read_text().splitlines()
+    assert table[1:] == [
+        "default,bc,3,128,128x128,3.0,0.5",
+        "default,td3_bc,3,128,128x128,40.0,0.5",
+    ]
 
 
 def test_a_method_that_fails(tmp_path, monkeypatch):

@@ -17,10 +17,13 @@ from torch import Tensor
 class Team:
     """A trained team: observations of all agents to actions in [-1, 1], or in a log's own units.
 
-    Attributes, from the file: `task`, `obs_dims` and `action_dims`, the sizes of each agent,
-    `action_low` and `action_high`, the limits of its actions in the environment or the log, `raw`,
-    whether actions are in the units of these limits, `noise`, whether a call takes noise, `samples`
-    and `noise_scale`, as it was exported with.
+    Attributes, from the file:
+        task: its name
+        obs_dims, action_dims: sizes of each agent
+        action_low, action_high: limits of its actions in the environment or the log
+        raw: whether actions are in the units of these limits
+        noise: whether a call takes noise
+        samples, noise_scale: as it was exported with
     """
 
     raw = False  # in files that do not tell
