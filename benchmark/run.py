@@ -85,7 +85,7 @@ WEIGHTS = {
     "time-alpha+flow-ratio: 1+0.5; derivative: jvp"
 }
 # Updates in the time of OM2P's 4,000: its share of updates/s, efficiency_cpu.csv
-EQUAL_TIME = {"diffusion_ql": "num-updates: 2200", "dom2": "num-updates: 690"}
+EQUAL_TIME = {"diffusion_ql": "num-updates: 2530", "dom2": "num-updates: 900"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
 CONSERVATIVE = {"fql": "variant: cql", "om2p": "cql-alpha: 0"}
 CONSERVATIVE |= dict.fromkeys(("td3_bc", "flow_ql", "diffusion_ql"), "variant: cql")
