@@ -84,7 +84,7 @@ WEIGHTS = {
     "om2p": "q-weight: 2; flow-ratio: 0.5; flow-ratio+q-weight: 0.5+2; "
     "time-alpha+flow-ratio: 1+0.5; derivative: jvp"
 }
-# Updates in the time of OM2P's 4,000: its share of updates/s, efficiency_cpu.csv
+# Updates in the time of OM2P's 4,000, by updates/s in efficiency_cpu.csv, within 5 %
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2530", "dom2": "num-updates: 900"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
 CONSERVATIVE = {"fql": "variant: cql", "om2p": "cql-alpha: 0"}

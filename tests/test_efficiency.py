@@ -116,7 +116,7 @@ def test_table(tmp_path, monkeypatch):
 def test_rounds(tmp_path, monkeypatch):
     """All points are measured in turn, each as often as asked for; the table has the medians."""
     monkeypatch.setattr(efficiency, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    rates, order = {"bc": iter((7.0, 1.0, 3.0)), "td3_bc": iter((20.0, 60.0, 40.0))}, []
+    rates, order = {"bc": iter((3.0, 7.0, 1.0)), "td3_bc": iter((20.0, 40.0, 90.0))}, []
 
     def measured(point, _):
         order.append(point.method)
