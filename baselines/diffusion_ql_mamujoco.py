@@ -280,16 +280,18 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
 
 # endregion dataset
 # region mamujoco
-SCALE = {"HalfCheetah-2x3": (-284.0, 3568.8)}  # mean returns of the public random and expert data
+SCALE = {"HalfCheetah-2x3": (-284.0, 3568.8), "HalfCheetah-6x1": (-280.2, 2785.1)}  # 0, 100
+SCALE |= {"Hopper-3x1": (19.3, 2452.0), "Ant-2x4": (-55.5, 2055.1)}
 FALLING = ("Ant", "Hopper", "Walker2d")  # their -v2 tasks pay 1 for the step of the fall, too
-SETTINGS = {  # of gymnasium's -v5 robots, for the rewards and the body of -v2
-    "Ant": {"contact_cost_weight": 0.0},
+SETTINGS = {  # what OMAR's data observe; of gymnasium's -v5 robots, for -v2's rewards and body
+    "HalfCheetah-2x3": {"agent_obsk": 0, "global_categories": ()},
+    "Ant": {"contact_cost_weight": 0.0, "local_categories": (("qpos", "qvel"), ("qpos",))},
     "Walker2d": {"xml_file": "walker2d.xml"},
 }
 
 
 def normalized_score(task: str, returns):
-    """0 for the mean return of the public random data, 100 for its expert data's; else NaN."""
+    """0 for the mean return of random data, 100 for OMAR's or OMIGA's expert data's; else NaN."""
     low, high = SCALE.get(task, (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
@@ -297,7 +299,7 @@ def normalized_score(task: str, returns):
 def make_env(task: str):
     """A PettingZoo ParallelEnv for <robot>-<partition>, and the steps of its longest episode."""
     robot, _, partition = task.partition("-")
-    settings = {"agent_obsk": 0, "global_categories": (), **SETTINGS.get(robot, {})}
+    settings = {"agent_obsk": 1, **SETTINGS.get(task, {}), **SETTINGS.get(robot, {})}
     with fail_as(f"--task {task} is not <robot>-<partition> of MaMuJoCo; see docs/your-data.md"):
         env = mamujoco_v1.parallel_env(scenario=robot, agent_conf=partition, **settings)
     return env, env.single_agent_env.get_wrapper_attr("_max_episode_steps")
@@ -306,13 +308,12 @@ def make_env(task: str):
 class MaMuJoCo:
     """Multi-agent MuJoCo by gymnasium-robotics: a team of body parts drives one robot, K episodes.
 
-    Agents observe what belongs to their own joints (agent_obsk=0, no global categories), as in the
-    public data: positions and velocities, in Ant contact forces too, in Humanoid also inertias.
+    Agents observe positions and velocities of their own joints and the torso, and positions of the
+    next joints, as in OG-MARL's data; in HalfCheetah-2x3 their own joints alone, as in OMAR's.
     Actions in [-1, 1] are scaled to the robot's controls. Everybody's reward is the robot's, by the
-    rules of the -v2 tasks for HalfCheetah, Hopper, Walker2d and Ant, of -v5 for others. An episode
-    lasts `horizon` steps; where the robot falls (`done`) it ends, and pays nothing more.
-
-    Source: robotics.farama.org/envs/MaMuJoCo; de Witt et al. (2020), arxiv.org/abs/2003.06709.
+    -v2 rules of HalfCheetah, Hopper, Walker2d and Ant, the -v5 rules of others. An episode lasts
+    `horizon` steps; where the robot falls (`done`) it ends, and pays nothing more. Sources:
+    robotics.farama.org/envs/MaMuJoCo; de Witt et al., 2020, arxiv.org/abs/2003.06709.
     """
 
     collector = "collect_mamujoco.py"

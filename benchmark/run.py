@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from card import describe  # noqa: E402
 
 TASKS, CHEETAH = ("simple_spread", "simple_tag", "simple_world"), "HalfCheetah-2x3"
+ROBOTS = ("HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4")
 QUALITIES = ("expert", "medium", "medium-replay", "random")
 METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
 MPE, ROBOT = ([*product(tasks, QUALITIES)] for tasks in (TASKS, [CHEETAH]))
@@ -104,6 +105,7 @@ MULTI_STEP = "the multi-step policies, each for as long as OM2P's 4,000 updates 
 GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "mpe": ("all methods on the particle environments", DEFAULTS, MPE, 5),
     "mamujoco": ("all methods on HalfCheetah-2x3", DEFAULTS, ROBOT, 3),
+    "robots": ("all methods on three more robots", DEFAULTS, [*product(ROBOTS, QUALITIES)], 3),
     "equal_time": (MULTI_STEP, EQUAL_TIME, MPE, 3),
     "tune": (f"{MAIN}s, on four datasets of the particle environments", TUNING, TUNING_DATA, 1),
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),

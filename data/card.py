@@ -32,14 +32,21 @@ PUBLIC_RETURNS = {  # means of five seeds (OMAR, 2022); HalfCheetah's middle of 
     "simple_tag": dict(zip(QUALITIES, (185.6, 88.7, 14.2, -4.1), strict=True)),
     "simple_world": dict(zip(QUALITIES, (79.5, 43.3, 3.5, -6.8), strict=True)),
     "HalfCheetah-2x3": dict(zip(QUALITIES, (3568.8, 1568.9, 423.5, -284.0), strict=True)),
+    # OMIGA's (2023), of one seed, by OG-MARL's card
+    "HalfCheetah-6x1": dict(zip(QUALITIES, (2785.1, 1425.7, 655.8, None), strict=True)),
+    "Hopper-3x1": dict(zip(QUALITIES, (2452.0, 723.6, 746.4, None), strict=True)),
+    "Ant-2x4": dict(zip(QUALITIES, (2055.1, 1418.7, 1029.5, None), strict=True)),
 }
 ONE_SEED = {  # mean and standard deviation by OG-MARL's card, in the same order
     "simple_spread": ("530.95 ± 71.41", "273.39 ± 92.06", "203.74 ± 80.49", "159.57 ± 60.46"),
     "simple_tag": ("207.90 ± 77.51", "116.36 ± 58.86", "3.90 ± 20.28", "-4.13 ± 10.81"),
     "simple_world": ("85.21 ± 31.11", "65.86 ± 29.55", "1.23 ± 13.49", "-6.83 ± 5.74"),
     "HalfCheetah-2x3": ("3338.7 ± 252.6", "1568.9 ± 273.4", "423.5 ± 655.7", "-282.9 ± 77.5"),
+    "HalfCheetah-6x1": ("2785.1 ± 1053.1", "1425.7 ± 520.1", "655.8 ± 590.4", None),
+    "Hopper-3x1": ("2452.0 ± 1097.9", "723.6 ± 211.7", "746.4 ± 671.9", None),
+    "Ant-2x4": ("2055.1 ± 22.1", "1418.7 ± 37.0", "1029.5 ± 141.3", None),
 }
-HORIZONS = {"simple_spread": 25, "simple_tag": 25, "simple_world": 25, "HalfCheetah-2x3": 1_000}
+HORIZONS = {task: 25 if task.startswith("simple_") else 1_000 for task in PUBLIC_RETURNS}
 OTHER_TEAM = re.compile(r"(simple_spread)-[1-9]\d*")  # of another size, without public data
 
 

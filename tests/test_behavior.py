@@ -1,5 +1,7 @@
 """The behaviour policies of datasets: what those that are tracked do, and training new ones."""
 
+from functools import partial
+
 import card
 import collect_mpe
 import numpy as np
@@ -27,6 +29,18 @@ def test_returns_are_near_the_public_ones(task, quality, tmp_path):
         assert abs(ours - public) < (15 if quality == "medium-replay" else 8)
 
 
+@pytest.mark.parametrize("task", ["HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4"])
+def test_robots_move_as_the_public_ones(task, tmp_path):
+    """The expert's return is three quarters of the public expert data's, or more."""
+    facts, _ = collect(tmp_path, task, "expert", 10_000)
+    assert facts["return mean"] > 0.75 * card.PUBLIC_RETURNS[task]["expert"]
+
+
+def test_tracked_snapshots_are_small():
+    """At most 12 MB together."""
+    assert sum(path.stat().st_size for path in collect_mpe.BEHAVIOR_DIR.glob("*")) < 12e6
+
+
 def test_behavior_policies_explore(tmp_path):
     """Recorded actions scatter by 0.1 around the policy's own."""
     (policy,) = collect_mpe.load_behavior("simple_tag", "expert", om2p_mpe.MPE("simple_tag", 1))
@@ -51,7 +65,7 @@ def test_stages():
 def test_training_resumes_and_its_policies_play(monkeypatch, tmp_path, capsys):
     """A stopped training goes on from its last save; the three stages can then be recorded."""
     settings = {"warm_up": 1_000, "first_update": 1_000, "check_interval": 250, "batch_size": 64}
-    for name, value in {**settings, "steps_per_update": 8, "hidden_dims": (32,)}.items():
+    for name, value in {**settings, "num_envs": 10, "hidden_dims": (32,)}.items():
         monkeypatch.setattr(train_behavior.MUJOCO, name, value)
     calls, roll_out = [], train_behavior.roll_out
 
@@ -87,9 +101,9 @@ def test_training_resumes_and_its_policies_play(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def small(monkeypatch):
     """Settings with which a particle task is trained in a moment."""
-    settings = [10, 20, 500, 500]
-    settings = train_behavior.Settings(*settings, train_steps=1_000, recent=400, batch_size=32)
+    settings = train_behavior.Settings(10, 20, 500, 500, recent=400, batch_size=32)
     monkeypatch.setattr(train_behavior, "Settings", lambda: settings)
+    monkeypatch.setattr(train_behavior, "Args", partial(train_behavior.Args, train_steps=1_000))
 
 
 def test_training_in_the_particle_tasks(small, tmp_path):

@@ -62,7 +62,7 @@ def test_commands(grid):
         is_variant = script is variants
         args = variants.parse(line)[1] if is_variant else tyro.cli(script.Args, args=line)
         assert (args.task, args.quality, args.resume) == (cell.task, cell.quality, True)
-        assert args.eval_episodes == (20 if args.task == run.CHEETAH else 1000)
+        assert args.eval_episodes == (1000 if args.task in run.TASKS else 20)
         assert folder.parents[1] == args.run_dir / f"{args.task}-{args.quality}"
         assert folder.parent.name == "-".join(filter(None, [script.__name__, args.name]))
         for name, value in zip(cell.setting.split(), cell.value.split(), strict=True):

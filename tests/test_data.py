@@ -27,7 +27,7 @@ import om2p_mpe
 from om2p_mpe import FILES, MPE, load_prey
 
 BEHAVIOR = ROOT / "data" / "behavior"
-SUITES = {  # script, task, environment; Reacher's agents observe 3 and 6 numbers
+SUITES = {  # script, task, environment; Reacher's agents observe 7 and 10 numbers
     "mpe": (om2p_mpe, "simple_tag", MPE("simple_tag", 1)),
     "mamujoco": (om2p_mamujoco, "Reacher-2x1", om2p_mamujoco.MaMuJoCo("Reacher-2x1", 1)),
 }
@@ -230,7 +230,7 @@ def collect(folder, task="simple_spread", quality="random", transitions=1_000, s
 
 @pytest.mark.parametrize(
     ("task", "obs_dims", "action_dim", "horizon"),
-    [("simple_tag", (16, 16, 16), 2, 25), ("Reacher-2x1", (3, 6), 1, 50)],
+    [("simple_tag", (16, 16, 16), 2, 25), ("Reacher-2x1", (7, 10), 1, 50)],
 )
 def test_collected_files(task, obs_dims, action_dim, horizon, tmp_path):
     """float32 of every agent's own widths; whole episodes whose rows go on from each other."""
@@ -257,9 +257,10 @@ def test_collected_files(task, obs_dims, action_dim, horizon, tmp_path):
 
 def test_falls_are_recorded(tmp_path):
     """`dones` is 1 in the row in which Hopper falls, and the next row starts an episode."""
-    _, files = collect(tmp_path, "Hopper-3x1", transitions=300)
+    facts, files = collect(tmp_path, "Hopper-3x1", transitions=3_000)
     done = files["dones_0"].astype(bool)
-    assert 3 < done.sum() < 60
+    assert 60 < done.sum() < 300
+    assert facts["return mean"] == pytest.approx(om2p_mamujoco.SCALE["Hopper-3x1"][0], abs=5)
     goes_on = [files[f"next_obs_{i}"][:-1] == files[f"obs_{i}"][1:] for i in range(3)]
     assert_array_equal(np.concatenate(goes_on, axis=1).all(axis=1), ~done[:-1])
 

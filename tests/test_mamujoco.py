@@ -12,11 +12,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from om2p_mamujoco import MaMuJoCo, normalized_score
 
-# HalfCheetah-2x3 in the public data: (qpos, qvel) of foot, shin and thigh, as indices of qpos and
-# of qvel, which start with x, z and pitch; back leg, front leg
+# What agents of a cheetah observe, as indices of qpos and qvel, which start with x, z and pitch:
+# own joints (OMAR's data: foot, shin and thigh of the back leg, of the front leg), next joints
 JOINTS = {
-    "HalfCheetah-2x3": [[5, 4, 3], [8, 7, 6]],
-    "HalfCheetah-6x1": [[3], [4], [5], [6], [7], [8]],
+    "HalfCheetah-2x3": ([[5, 4, 3], [8, 7, 6]], None),
+    "HalfCheetah-6x1": (
+        [[3], [4], [5], [6], [7], [8]],
+        [[4, 6], [5, 3], [4], [3, 7], [8, 6], [7]],
+    ),
 }
 
 
@@ -33,16 +36,19 @@ def random_actions(env, steps, seed=0):
 
 @pytest.mark.parametrize("task", JOINTS)
 def test_observations_are_the_agents_joints(task):
-    """Step by step every agent sees qpos and qvel of its own joints, in the public data's order."""
+    """Step by step: of its joints qpos and qvel, of the next ones qpos, and the torso but for x."""
     env = MaMuJoCo(task, 2)
     obs = env.reset(3)
     for action in random_actions(env, 100):
         assert obs.dtype == np.float32
         for k in range(2):
             qpos, qvel = robot(env, k).data.qpos, robot(env, k).data.qvel
-            for i, joints in enumerate(JOINTS[task]):
+            own, others = JOINTS[task]
+            for i, joints in enumerate(own):
                 expected = [value for joint in joints for value in (qpos[joint], qvel[joint])]
-                assert_allclose(obs[i, k], expected, rtol=1e-6, atol=1e-6)
+                if others:
+                    expected += [*qpos[others[i]], *qpos[1:3], *qvel[:3]]
+                assert_allclose(obs[i, k, : env.obs_dims[i]], expected, rtol=1e-6, atol=1e-6)
         obs, _ = env.step(action)
 
 
@@ -50,14 +56,14 @@ def test_observations_are_the_agents_joints(task):
     ("task", "obs_dims"),
     [
         ("HalfCheetah-2x3", (6, 6)),  # two numbers a joint: position and velocity
-        ("Hopper-3x1", (2, 2, 2)),
-        ("Walker2d-2x3", (6, 6)),
-        ("Ant-2x4", (8 + 42, 8 + 42)),  # and contact forces, six numbers a body
-        ("Humanoid-9|8", (225, 156)),  # and contact forces, inertia, velocities, actuator forces
+        ("Hopper-3x1", (2 + 1 + 5, 2 + 2 + 5, 2 + 1 + 5)),  # next joints, five of the torso
+        ("Walker2d-2x3", (6 + 1 + 5, 6 + 1 + 5)),
+        ("Ant-2x4", (8 + 2 + 11, 8 + 2 + 11)),  # no contact forces
+        ("Humanoid-9|8", (242, 170)),  # and contact forces, inertia, velocities, actuator forces
     ],
 )
 def test_what_agents_observe(task, obs_dims):
-    """Their joints; in Ant and Humanoid also contact forces; finite numbers in every task."""
+    """Own joints, next joints and torso; in Humanoid contact forces, too; finite numbers."""
     env = MaMuJoCo(task, 1)
     assert env.obs_dims == obs_dims
     obs, reward = env.step(random_actions(env, 1)[0])
@@ -120,7 +126,8 @@ def test_fallen_robots_wait():
         for k in np.flatnonzero(~over):
             command = {name: action[i, k] for i, name in enumerate(alone.names)}
             single, *_ = alone.envs[k].step(command)
-            assert_allclose(obs[:, k], [single[name] for name in alone.names], rtol=1e-6, atol=1e-6)
+            for i, name in enumerate(alone.names):
+                assert_allclose(obs[i, k, : env.obs_dims[i]], single[name], rtol=1e-6, atol=1e-6)
         waited += over.any() and not over.all()
     assert waited > 0
     assert env.done.all()
@@ -147,7 +154,7 @@ def test_normalized_score():
     """0 and 100 at the public random and expert returns; no number for a task without a scale."""
     scores = normalized_score("HalfCheetah-2x3", np.array([-284.0, 1642.4, 3568.8]))
     assert_allclose(scores, [0, 50, 100], atol=1e-9)
-    assert np.isnan(normalized_score("Hopper-3x1", 1000.0))
+    assert np.isnan(normalized_score("Walker2d-2x3", 1000.0))
 
 
 @pytest.mark.parametrize(("task", "largest"), [("Pusher-3p", 2.0), ("Humanoid-9|8", 0.4)])
@@ -164,13 +171,13 @@ def test_controls_are_scaled(task, largest):
 def test_padding_does_not_reach_the_environment():
     """Pusher-3p: arms of 3, 1 and 3 joints. Padded observations are 0, padded actions unread."""
     env = MaMuJoCo("Pusher-3p", 2)
-    assert (env.obs_dims, env.action_dims) == ((6, 2, 6), (3, 1, 3))
+    assert (env.obs_dims, env.action_dims) == ((16, 13, 16), (3, 1, 3))
     actions, seen = random_actions(env, 20), []
     for value in (0.0, 0.7):
         actions[:, 1, :, 1:] = value
         seen.append(np.stack([env.reset(0)] + [env.step(action)[0] for action in actions]))
     assert_array_equal(*seen)
-    assert (seen[0][:, 1, :, 2:] == 0).all()
+    assert (seen[0][:, 1, :, 13:] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["om2p", *POLICIES])
