@@ -367,8 +367,8 @@ def load_dataset(data_dir: Path, task: str, quality: str, seeds, env, device="cp
 
 # endregion dataset
 # region mamujoco
-SCALE = {"HalfCheetah-2x3": (-284.0, 3568.8), "HalfCheetah-6x1": (-280.2, 2785.1)}  # 0, 100
-SCALE |= {"Hopper-3x1": (19.3, 2452.0), "Ant-2x4": (-55.5, 2055.1)}
+SCALE = {"HalfCheetah-2x3": (-284.0, 3568.8), "HalfCheetah-6x1": (-282.6, 2785.1)}  # at 0 and 100
+SCALE |= {"Hopper-3x1": (18.6, 2452.0), "Ant-2x4": (-59.2, 2055.1)}
 FALLING = ("Ant", "Hopper", "Walker2d")  # their -v2 tasks pay 1 for the step of the fall, too
 SETTINGS = {  # what OMAR's data observe; of gymnasium's -v5 robots, for -v2's rewards and body
     "HalfCheetah-2x3": {"agent_obsk": 0, "global_categories": ()},

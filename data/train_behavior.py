@@ -4,12 +4,13 @@ The critics see everything and the policies their own observation (MATD3: Ackerm
 TD3: Fujimoto et al., 2018). In the particle tasks every agent has twin critics of its own; in
 MuJoCo the team, whose reward is shared, has one pair, which sees the robot's state. Exploration
 noise is twice the recorded one, which takes half the time. A penalty on the squared pre-tanh
-outputs keeps actions from saturating, which ends learning in simple_spread.
+outputs keeps actions from saturating, which ends learning in simple_spread. What is checked and
+saved are the target policies, whose returns fluctuate less.
 
     python data/train_behavior.py --task simple_tag
 
-ends at the public expert's return or after --train-steps, and writes runs/behavior/simple_tag.npz;
-the collectors use data/behavior/simple_tag.npz. Tasks without public data, as simple_spread-5, end
+ends at the return of GOALS or after --train-steps, and writes runs/behavior/simple_tag.npz; the
+collectors use data/behavior/simple_tag.npz. Tasks without public data, as simple_spread-5, end
 after --train-steps. The training is saved on the way, and a stopped one goes on from there.
 """
 
@@ -33,7 +34,7 @@ from om2p_mpe import MPE, Critic, fail_as
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_INTERVAL = 4  # checks
-GOALS = {task: means["expert"] for task, means in PUBLIC_RETURNS.items()}  # where training ends
+GOALS = {task: means["expert"] for task, means in PUBLIC_RETURNS.items()}  # returns to stop at
 GOALS["Ant-2x4"] = 2_600.0  # that of the public data walks slowly
 
 
@@ -79,7 +80,7 @@ MUJOCO = Settings(
     check_interval=20_000,
     warm_up=10_000,
     first_update=10_000,
-    steps_per_update=8,  # a step takes a twentieth of an update's time
+    steps_per_update=8,  # a step costs little beside an update
     policy_delay=2,
     recent=2_000_000,
     batch_size=256,

@@ -86,6 +86,10 @@ def test_training_resumes_and_its_policies_play(monkeypatch, tmp_path, capsys):
     assert [state["step"] for state in states] == [750, 1_750]
     for first, second in zip(*(state["buffer"].values() for state in states), strict=True):
         assert torch.equal(first, second[:750])
+    policy, target = (states[1]["parts"][k] for k in (0, 2))
+    for key, values in states[1]["snapshots"][-1].items():  # taken just before the save
+        assert torch.equal(values, target[key].half().float())
+        assert not torch.equal(values, policy[key].half().float())
     other = train_behavior.Args(**{**vars(args), "seed": 4})
     assert str(saved) in refusal(train_behavior.train, other)
     train_behavior.train(args)
@@ -115,6 +119,15 @@ def test_training_in_the_particle_tasks(small, tmp_path):
     for key in tracked:
         assert (new[key].dtype, new[key].shape[1:]) == (tracked[key].dtype, tracked[key].shape[1:])
     assert new["expert_step"] in (0, 500)
+
+
+def test_training_ends_at_its_goal(small, monkeypatch, tmp_path, capsys):
+    """The first check that reaches it is the last one."""
+    monkeypatch.setitem(train_behavior.GOALS, "simple_tag", -1e9)
+    out = tmp_path / "simple_tag.npz"
+    train_behavior.train(train_behavior.Args("simple_tag", out=out, data_dir=tmp_path))
+    assert np.load(out)["expert_step"] == 0
+    assert ", 10 steps;" in capsys.readouterr().out
 
 
 def test_training_of_another_team(small, monkeypatch, tmp_path, capsys):

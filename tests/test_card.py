@@ -182,8 +182,10 @@ def test_public_figures(path, name, public, dataset, tmp_path):
 
 
 def test_public_figures_are_the_scripts_own():
-    """The ends of the scale are those that the scripts normalise by; not all have random data."""
+    """The scripts normalise by them, where there are random data, and play as long."""
     for task, means in card.PUBLIC_RETURNS.items():
+        make = om2p_mpe.MPE if task in om2p_mpe.SCALE else om2p_mamujoco.MaMuJoCo
+        assert card.HORIZONS[task] == make(task, 1).horizon
         low, high = {**om2p_mpe.SCALE, **om2p_mamujoco.SCALE}[task]
         assert high == means["expert"]
         assert means["random"] in (low, None)
