@@ -10,8 +10,9 @@ critic and is held to the recorded action by least squares.
 
 Differences from the paper: 1. the policy learns at every update and its target action gets no
 noise, as in OMAR's code; 2. rewards are divided by their standard deviation, observations are left
-as they are; 3. networks, step sizes and batches are those of om2p_mpe.py (GELU, critics with layer
-norm, the policy's step size goes down to 0), so that methods differ in nothing but the method.
+as they are (but for --standardize); 3. networks, step sizes and batches are those of om2p_mpe.py
+(GELU, critics with layer norm, the policy's step size goes down to 0), so that methods differ in
+nothing but the method.
 
 Agents are stacked along the first dimension, as in om2p_mpe.py. In shapes: N agents, B batch,
 E critics, K episodes, T transitions.
@@ -35,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -69,7 +69,8 @@ class Args:
     """updates between evaluations, each with a checkpoint"""
     eval_episodes: int = 100
     """episodes per evaluation, always from the same initial states"""
-
+    standardize: bool = False
+    """let networks see observations with mean 0 and standard deviation 1 over the data"""
     # TD3+BC
     num_updates: int = 4_000
     """gradient steps"""
@@ -106,12 +107,23 @@ class StackedLinear(nn.Module):
         return x @ self.weight + self.bias
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std of the inputs, by agent; `standardize` sets both for observations."""
+
+    def __init__(self, num_agents: int, in_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_agents, 1, in_dim))
+        self.register_buffer("std", torch.ones(num_agents, 1, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
 def mlp(stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, norm=False):
-    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for."""
-    layers = []
+    """Stacked linear layers with GELU; `norm` adds layer norm, without scales that agents share."""
+    layers = [Standardize(stack[-1], in_dim)]
     for width in hidden_dims:
         layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
-        # Without scale and shift: the agents would share these
         layers += [nn.LayerNorm(width, elementwise_affine=False)] if norm else []
         in_dim = width
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
@@ -365,12 +377,9 @@ def load_prey(path: Path) -> Callable:
 # region evaluate
 @torch.no_grad()
 def evaluate(policy, envs: Sequence, seeds: Sequence[int] = (0,), device="cpu") -> np.ndarray:
-    """Play K episodes in each seed's environment; returns (S, K), sum over steps, mean over agents.
-
-    Initial states depend on the seeds alone, and training's random state is left as it was.
-    """
+    """Play K episodes in each seed's environment: returns (S, K), sums over steps, agents' mean."""
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(seeds[0])
+        torch.manual_seed(seeds[0])  # training goes on with its own random numbers
         obs = np.concatenate([envs[k].reset((seed, 0, 1)) for k, seed in enumerate(seeds)])
         returns = 0.0
         for _ in range(envs[0].horizon):
@@ -465,14 +474,15 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
     parts += [policy_optimizer, critic_optimizer, policy_schedule]
     # endregion update_with_target_policy
     # region loop
-    # The run directory is this process's alone; without --resume an older one is moved aside
+    if args.standardize:
+        std, mean = torch.std_mean(dataset["obs"], dim=1, keepdim=True)
+        for net in nn.ModuleList(x for x in parts if isinstance(x, nn.Module)).modules():
+            if isinstance(net, Standardize):
+                net.mean[..., :obs_dim], net.std[..., :obs_dim] = mean, std.clamp(min=1e-3)
     script, source = Path(__file__), Path(__file__).read_bytes()
     folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()
     folder /= f"{script.stem}-{args.name}" if args.name else script.stem
     run_dir = folder / "-".join(["seed", *map(str, sorted({seeds[0], seeds[-1]}))])
-    with fail_as(f"{run_dir} is in use, or cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{run_dir.name}.lock").acquire(timeout=0)  # noqa: F841
     checkpoint, step, seconds, history = run_dir / "checkpoint.pt", 0, 0.0, []
     free = ("data_dir", "run_dir", "device", "compile", "resume")  # may be others when resuming
     settings = {key: str(value) for key, value in asdict(args).items() if key not in free}
@@ -514,8 +524,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         writer.add_scalar("charts/return", mean, step)
         writer.add_scalar("charts/normalized_score", score, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        bar.clear()
-        print(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+        bar.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
         for seed, mean in zip(seeds, returns.mean(axis=1).tolist(), strict=True):
             row = {"step": step, "return": mean, "score": normalized_score(args.task, mean)}
             history.append(row | {"seconds": seconds, "seed": seed} | losses)
@@ -541,7 +550,4 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
 
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(Args))
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on from the last evaluation") from None
+    train(tyro.cli(Args))

@@ -27,6 +27,7 @@ from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmark" / "results"
 DATASETS = {"mpe": [*map(" ".join, MPE)], "mamujoco": [*map(" ".join, ROBOT)]}
+HOPPER = [f"Hopper-3x1 {quality}" for quality in QUALITIES]
 DEFAULT_STEPS = {"diffusion_ql": "-5", "dom2": "-5", "flow_ql": "-10", "fql": "-10"}
 
 
@@ -48,7 +49,7 @@ def table_of(rows: pd.DataFrame, index: list, columns: str, key: str = "score") 
 def averages(rows: pd.DataFrame, method: str, suite: str, key: str = "score") -> list[float]:
     """A method's average over a suite's datasets, one for every seed that has them all."""
     rows = rows[rows.method == method].pivot(index="seed", columns="data", values=key)
-    return rows.reindex(columns=DATASETS[suite]).dropna().mean(axis=1).tolist()
+    return rows.reindex(columns=DATASETS.get(suite, HOPPER)).dropna().mean(axis=1).tolist()
 
 
 def of_data(rows: pd.DataFrame, key: str) -> pd.Series:
@@ -207,7 +208,8 @@ def published_table() -> str:
 def change(setting: str, value: str) -> str:
     """A cell's change from the defaults, as on its command line."""
     pairs = zip(setting.split(), value.split(), strict=True)
-    return " ".join(f"--{name} {value.replace(',', ' ')}" for name, value in pairs)
+    words = (f"--{name} {value.replace(',', ' ').removesuffix('yes')}" for name, value in pairs)
+    return " ".join(map(str.strip, words))
 
 
 def is_default(method: str, words: str, suite: str) -> bool:
@@ -249,22 +251,42 @@ def ablation_table(grid: str, suite: str) -> str:
     return markdown(lines, ("changed setting", *table)) + machine_line(grid)
 
 
+def by_quality(parts, header, grid: str, suite: str = "mpe") -> str:
+    """Scores by quality, their average, and that less a reference, paired by seed.
+
+    A part is a method, words, the rows that it is taken from, and the reference, if any.
+    """
+    lines = []
+    for method, words, rows, reference in parts:
+        rows = rows[rows.method == method]
+        if found := averages(rows, method, suite):
+            scores = rows.groupby(["seed", "quality"]).score.mean().unstack()
+            cells = *(estimate(scores[quality].tolist()) for quality in QUALITIES), estimate(found)
+            gap = estimate(np.subtract(found, reference)) if reference else ""
+            lines.append((draw.NAMES[method], words, *cells, gap))
+    return markdown(lines, (*header[:2], *QUALITIES, "average", header[2])) + machine_line(grid)
+
+
+def standardised_table(suite: str, plain: str, grid: str) -> str:
+    """Methods by observations as recorded and by standardised ones, as far as both have run."""
+    old, new, parts = read(f"{plain}.csv"), read(f"{grid}.csv"), []
+    old = old[old.seed.isin(new.seed)]
+    for method in draw.LOOKS:
+        before = averages(old, method, suite)
+        if before and averages(new, method, suite):
+            parts += [(method, "as recorded", old, []), (method, "standardised", new, before)]
+    return by_quality(parts, ("method", "observations", "gain, paired"), grid, suite)
+
+
 def conservative_table() -> str:
     """Scores by quality with OM2P's conservative term in the critics' loss, and without it."""
     plain, changed = read("mpe.csv"), read("conservative.csv")
-    plain, lines = plain[plain.seed.isin(changed.seed)], []
+    plain, parts = plain[plain.seed.isin(changed.seed)], []
     ours = averages(plain, "om2p", "mpe")
     for method in (name for name in draw.LOOKS if name in {"om2p", *changed.method}):
         pair = (changed, plain) if method == "om2p" else (plain, changed)
-        for term, rows in zip(("without", "with"), pair, strict=True):
-            part = rows[rows.method == method]
-            if found := averages(part, method, "mpe"):
-                scores = part.groupby(["seed", "quality"]).score.mean().unstack()
-                cells = (estimate(scores[quality].tolist()) for quality in QUALITIES)
-                gap = estimate(np.subtract(found, ours))
-                lines.append((draw.NAMES[method], term, *cells, estimate(found), gap))
-    header = ("method", "conservative term", *QUALITIES, "average", "less OM2P's, paired")
-    return markdown(lines, header) + machine_line("conservative")
+        parts += [(method, *x, ours) for x in zip(("without", "with"), pair, strict=True)]
+    return by_quality(parts, ("method", "conservative term", "less OM2P's, paired"), "conservative")
 
 
 def multi_expert_table() -> str:
@@ -370,6 +392,8 @@ TABLES = {
     "logs": lambda: markdown(read("logs.csv", dtype=str)),
     "mpe": partial(suite_table, "mpe"),
     "mamujoco": partial(suite_table, "mamujoco"),
+    "standardised": partial(standardised_table, "mpe", "mpe", "standardised"),
+    "standardised_hopper": partial(standardised_table, "hopper", "robots", "robots_standardised"),
     "returns": partial(suite_table, "mpe", "return", mean),
     "grids": grids_table,
     "averages": averages_table,

@@ -44,6 +44,7 @@ ROBOTS = ("HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4")
 QUALITIES = ("expert", "medium", "medium-replay", "random")
 METHODS = ("om2p", "bc", "td3_bc", "omar", "diffusion_ql", "dom2", "flow_ql", "fql")
 MPE, ROBOT = ([*product(tasks, QUALITIES)] for tasks in (TASKS, [CHEETAH]))
+MORE = [*product(ROBOTS, QUALITIES)]
 EVAL_EPISODES = {"mpe": "1000", "mamujoco": "20"}  # standard errors of 1 and some 3 points
 # Or glibc returns large tensors to the system at each update: a fifth of CQL's time
 KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**31 - 1))
@@ -54,8 +55,10 @@ ABLATION_DATA = [*zip(TASKS, ("medium", "medium-replay", "expert"), strict=True)
 MULTI = [
     ("simple_spread", "multi-expert")
 ]  # the hunters' conventions differ by little: see the cards
-# Changes by method: a flag and its values; + joins flags that change together, a comma a list
+# Changes by method: a flag and its values, yes if it takes none; + joins flags that change
+# together, a comma a list
 DEFAULTS = dict.fromkeys(METHODS, "")
+STANDARDISED = dict.fromkeys(METHODS, "standardize: yes")
 TUNING = {  # what matters most in each method, and step sizes
     "om2p": "q-weight: 16 32 64; cql-alpha: 0 0.3; learning-rate: 0.003",
     "bc": "learning-rate: 0.003 0.005",
@@ -105,7 +108,9 @@ MULTI_STEP = "the multi-step policies, each for as long as OM2P's 4,000 updates 
 GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "mpe": ("all methods on the particle environments", DEFAULTS, MPE, 5),
     "mamujoco": ("all methods on HalfCheetah-2x3", DEFAULTS, ROBOT, 3),
-    "robots": ("all methods on three more robots", DEFAULTS, [*product(ROBOTS, QUALITIES)], 3),
+    "robots": ("all methods on three more robots", DEFAULTS, MORE, 3),
+    "robots_standardised": ("the same by standardised observations", STANDARDISED, MORE, 3),
+    "standardised": ("the particle environments by standardised ones", STANDARDISED, MPE, 3),
     "equal_time": (MULTI_STEP, EQUAL_TIME, MPE, 3),
     "tune": (f"{MAIN}s, on four datasets of the particle environments", TUNING, TUNING_DATA, 1),
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
@@ -191,7 +196,7 @@ def command(cells: list[Cell], args: Args) -> tuple[list[str], Path]:
     words += f"--{'' if args.compile else 'no-'}compile "
     words += f"--eval-episodes {EVAL_EPISODES[suite(task)]} {f'--name {change} ' * bool(change)}"
     for name, part in zip(setting.split(), value.split(), strict=True):
-        words += f"--{name} {part.replace(',', ' ')} "
+        words += f"--{name} {part.replace(',', ' ').removesuffix('yes')} "
     words += f"--num-updates {args.num_updates}" * (args.num_updates is not None)
     words = [sys.executable, str(script), *words.split()]
     words += ["--data-dir", str(args.data_dir), "--run-dir", str(run_dir)]

@@ -49,7 +49,7 @@ class SeveralSteps:
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """(N, B, obs_dim) -> actions in [-1, 1], (N, B, action_dim)."""
-        x = torch.randn(*obs.shape[:-1], self.policy.action_dim)
+        x = torch.randn(*obs.shape[:-1], self.policy.mask.shape[-1])
         for k in range(self.steps):
             r, t = (torch.full_like(x[..., :1], j / self.steps) for j in (k, k + 1))
             x = x + self.policy(obs, x, r, t) / self.steps

@@ -91,7 +91,7 @@ class ReleasedPolicy(MeanFlowPolicy):
     def act(self, obs, noise=None):
         """(N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
-            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+            noise = torch.randn(*obs.shape[:-1], self.mask.shape[-1], device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
         return self.mask * self(obs, noise, r, t).clamp(-1, 1)
 

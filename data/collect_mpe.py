@@ -111,8 +111,8 @@ def load_behavior(task: str, quality: str, env) -> list[Behavior | Permuted | No
         parameters = [torch.from_numpy(file[f"{stage}_{k}"]).float() for k in range(6)]
         for snapshot in zip(*parameters, strict=True):
             policies.append(Behavior(env.num_agents, max(env.obs_dims), max(env.action_dims)))
-            keys = policies[-1].state_dict()
-            policies[-1].load_state_dict(dict(zip(keys, snapshot, strict=True)))
+            for weights, values in zip(policies[-1].parameters(), snapshot, strict=True):
+                weights.data = values
     if quality == "multi-expert":
         return [Permuted(policies[0], shift, env) for shift in range(env.num_agents)]
     return policies

@@ -277,8 +277,9 @@ def train(args: Args) -> Path:
     random = mean_return(check_env, None, 0.0)
     stages, arrays = choose_stages(np.array(returns), random, public, not is_mpe), {}
     for stage, chosen in stages.items():
-        weights = zip(*(snapshots[c].state_dict().values() for c in chosen), strict=True)
-        arrays |= {f"{stage}_{k}": torch.stack(x).half().numpy() for k, x in enumerate(weights)}
+        weights = zip(*(snapshots[c].parameters() for c in chosen), strict=True)
+        weights = [torch.stack(x).detach().half().numpy() for x in weights]
+        arrays |= {f"{stage}_{k}": values for k, values in enumerate(weights)}
         arrays[f"{stage}_step"] = settings.check_interval * np.array(chosen)
     part = out.with_suffix(".tmp.npz")
     np.savez_compressed(part, **arrays)

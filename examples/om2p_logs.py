@@ -14,9 +14,8 @@ of the log that were held out. docs/your-data.md explains the files and the numb
     u = v + (t - r) du/dr                             what makes u a mean velocity: the target
     L = L_meanflow - q_weight E[Q(o, a_pi)] / |Q|     the policy's loss; a_pi: the end of a path
 
-Agents are stacked along the first dimension of every tensor and every parameter, and learn
-independently; N counts those of all S seeds that are trained at once. In shapes: N agents, B batch,
-E critics, K episodes, T transitions. Agents of smaller dimensions are padded with zeros.
+Agents, those of all S seeds, are stacked along the first dimension of every tensor and parameter,
+padded with zeros, and learn alone. N agents, B batch, E critics, K episodes, T transitions.
 
     python examples/om2p_logs.py --data robots --task robots --seed 0
 """
@@ -38,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -123,12 +121,23 @@ class StackedLinear(nn.Module):
         return x @ self.weight + self.bias
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std of the inputs, by agent; `standardize` sets both for observations."""
+
+    def __init__(self, num_agents: int, in_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_agents, 1, in_dim))
+        self.register_buffer("std", torch.ones(num_agents, 1, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
 def mlp(stack: tuple[int, ...], in_dim: int, hidden_dims: Sequence[int], out_dim: int, norm=False):
-    """Stacked linear layers with GELU between them, and layer norm after each GELU if asked for."""
-    layers = []
+    """Stacked linear layers with GELU; `norm` adds layer norm, without scales that agents share."""
+    layers = [Standardize(stack[-1], in_dim)]
     for width in hidden_dims:
         layers += [StackedLinear(stack, in_dim, width), nn.GELU()]
-        # Without scale and shift: the agents would share these
         layers += [nn.LayerNorm(width, elementwise_affine=False)] if norm else []
         in_dim = width
     return nn.Sequential(*layers, StackedLinear(stack, in_dim, out_dim))
@@ -144,7 +153,6 @@ class MeanFlowPolicy(nn.Module):
 
     def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
         super().__init__()
-        self.action_dim = action_dim
         self.net = mlp((num_agents,), obs_dim + action_dim + 2, hidden_dims, action_dim)
         self.register_buffer("mask", torch.ones(num_agents, 1, action_dim), persistent=False)
 
@@ -155,7 +163,7 @@ class MeanFlowPolicy(nn.Module):
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """noise + u(noise, 0, 1) in [-1, 1]; padding 0: (N, B, obs_dim) -> (N, B, action_dim)."""
         if noise is None:
-            noise = torch.randn(*obs.shape[:-1], self.action_dim, device=obs.device)
+            noise = torch.randn(*obs.shape[:-1], self.mask.shape[-1], device=obs.device)
         r, t = torch.zeros_like(noise[..., :1]), torch.ones_like(noise[..., :1])
         return self.mask * (noise + self(obs, noise, r, t)).clamp(-1, 1)
 
@@ -396,11 +404,11 @@ def evaluate_held_out(nets, data: dict, variance: Tensor, args: Args) -> list[di
     """
     figures, num_agents = [], len(variance) // args.num_seeds
     for first in range(0, len(variance), num_agents):
-        # One seed's part of everything; agents lead, but in critics they come second
+        # One seed's part of everything; agents are the third dimension from the end
         policy, *critics = map(deepcopy, nets)
-        for net, dim in ((policy, 0), *((critic, 1) for critic in critics)):
+        for net in (policy, *critics):
             for tensor in (*net.parameters(), *net.buffers()):
-                tensor.data = tensor.data.narrow(dim, first, num_agents)
+                tensor.data = tensor.data.narrow(-3, first, num_agents)
         batch = {key: x[first : first + num_agents] for key, x in data.items()}
         obs, action = batch["obs"], batch["action"]
         with torch.random.fork_rng([action.device] if action.is_cuda else []):
@@ -453,8 +461,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
             raise SystemExit(f"error: --{name.replace('_', '-')} must be 1 or more")
     with fail_as(f"--device {args.device} cannot be used"):
         device = torch.zeros(1, device=args.device).device
-    on_gpu = device.type == "cuda"
-    if on_gpu:  # a CUDA graph cannot be recorded on the default stream
+    if on_gpu := device.type == "cuda":  # a CUDA graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch.manual_seed(args.seed)
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -507,8 +514,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
         policy_optimizer.step()
 
         # Target critic: neither it nor the critic requires gradients here
-        targets, sources = (list(net.parameters()) for net in (target_critic, critic))
-        torch._foreach_lerp_(targets, sources, args.tau)
+        torch._foreach_lerp_([*target_critic.parameters()], [*critic.parameters()], args.tau)
         return losses | {"policy": loss.detach(), **logs}
 
     parts = [policy, critic, target_critic, policy_optimizer, critic_optimizer, policy_schedule]
@@ -517,14 +523,11 @@ def train(args: Args) -> tuple[Team, list[dict]]:
     held_out["reward"] /= std.maximum(mean.abs() / 100).clamp(min=1e-6)
     held_out = {key: x[:, :: -(-x.shape[1] // HELD_OUT_ROWS)] for key, x in held_out.items()}
 
-    # The run directory is this process's alone; without --resume an older one is moved aside
+    # The run directory; without --resume an older one is moved aside
     script, source = Path(__file__), Path(__file__).read_bytes()
     folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()
     folder /= f"{script.stem}-{args.name}" if args.name else script.stem
     run_dir = folder / "-".join(["seed", *map(str, sorted({seeds[0], seeds[-1]}))])
-    with fail_as(f"{run_dir} is in use, or cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{run_dir.name}.lock").acquire(timeout=0)  # noqa: F841
     checkpoint, step, seconds, history = run_dir / "checkpoint.pt", 0, 0.0, []
     free = ("data", "data_dir", "run_dir", "device", "compile", "resume")  # may be others later
     settings = {key: str(value) for key, value in asdict(args).items() if key not in free}
@@ -569,8 +572,7 @@ def train(args: Args) -> tuple[Team, list[dict]]:
         for key, value in means.items():
             writer.add_scalar(f"charts/{key}", value, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        bar.clear()
-        print(f"update {step:>7,}  held out: {describe(means)}")
+        bar.write(f"update {step:>7,}  held out: {describe(means)}")
         for seed, row in zip(seeds, figures, strict=True):
             history.append({"step": step} | row | {"seconds": seconds, "seed": seed} | losses)
         lines = [history[0].keys(), *(row.values() for row in history)]
@@ -592,7 +594,4 @@ def train(args: Args) -> tuple[Team, list[dict]]:
 
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(Args))
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on from the last evaluation") from None
+    train(tyro.cli(Args))

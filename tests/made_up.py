@@ -75,7 +75,7 @@ def fill(owner, name: str, activation: nn.Module, norm: nn.Module | None = None)
     for k, part in enumerate(layers):
         part.weight.data, part.bias.data = layer(f"{name} {k}", *part.weight.shape)
     for k, part in enumerate(owner.net):
-        if part not in layers:
+        if isinstance(part, nn.GELU | nn.LayerNorm):
             owner.net[k] = activation if isinstance(part, nn.GELU) else norm or nn.Identity()
     return owner
 

@@ -14,7 +14,7 @@ def test_dom2():
     SfBC's network predicts the noise with the other sign. Its smallest time is 1e-5.
     """
     policy, batch = dom2.ScorePolicy(N, OBS_DIM, D, (512, 256, 128)), make_batch()
-    parts = [policy.embed_time, policy.embed_obs, policy.embed[0], policy.embed[2]]
+    parts = [policy.embed_time, policy.embed_obs[1], policy.embed[0], policy.embed[2]]
     for block in (*policy.down, policy.middle, *policy.up):
         parts += [block.time, block.first, block.second, block.skip]
     parts = nn.ModuleList(part for part in [*parts, policy.last] if list(part.parameters()))

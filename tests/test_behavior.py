@@ -89,7 +89,8 @@ def test_training_resumes_and_its_policies_play(monkeypatch, tmp_path, capsys):
     policy, target = (states[1]["parts"][k] for k in (0, 2))
     for key, values in states[1]["snapshots"][-1].items():  # taken just before the save
         assert torch.equal(values, target[key].half().float())
-        assert not torch.equal(values, policy[key].half().float())
+        is_buffer = key.endswith(("mean", "std"))  # which never change here
+        assert torch.equal(values, policy[key].half().float()) == is_buffer
     other = train_behavior.Args(**{**vars(args), "seed": 4})
     assert str(saved) in refusal(train_behavior.train, other)
     train_behavior.train(args)

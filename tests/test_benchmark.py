@@ -67,6 +67,7 @@ def test_commands(grid):
         assert folder.parent.name == "-".join(filter(None, [script.__name__, args.name]))
         for name, value in zip(cell.setting.split(), cell.value.split(), strict=True):
             own = getattr(args, name.replace("-", "_"))
+            value = str(own) if value == "yes" and own is True else value
             own = own if isinstance(own, tuple) else (own,)
             assert own == tuple(type(own[0])(part) for part in value.split(","))
     assert len(folders) == len(run.cells_of(grid))
@@ -285,6 +286,26 @@ def test_conservative(monkeypatch):
     assert [row[:2] for row in lines()] == names[1:]
 
 
+def test_standardised(monkeypatch):
+    """Both kinds of observations, of the seeds that have both, and the gain; for whom both ran."""
+    rows = pd.DataFrame({"quality": run.QUALITIES}).assign(task="Hopper-3x1")
+    rows["data"], rows["score"] = rows.task + " " + rows.quality, 4.0 * rows.index
+    pairs = product(("om2p", "bc", "fql"), range(3))
+    rows = pd.concat([rows.assign(method=m, seed=s) for m, s in pairs], ignore_index=True)
+    rows.loc[rows.seed == 2, "score"] += 50
+    new = rows[(rows.seed < 2) & (rows.method != "fql")].assign(score=rows.score + 2)
+    new = new[(new.method == "om2p") | (new.quality != "random")]
+    tables = {"robots.csv": rows, "robots_standardised.csv": new}
+    monkeypatch.setattr(report, "read", tables.get)
+    monkeypatch.setattr(report, "machine_line", lambda _: "")
+    table = report.TABLES["standardised_hopper"]().splitlines()[2:]
+    cells = [[f"{x}.0 ± 0.0" for x in (k, 4 + k, 8 + k, 12 + k, 6 + k)] for k in (0, 2)]
+    assert [split_row(line)[1:-1] for line in table] == [
+        ["OM2P", "as recorded", *cells[0], ""],
+        ["OM2P", "standardised", *cells[1], "2.0 ± 0.0"],
+    ]
+
+
 def split_row(line: str) -> list[str]:
     """The cells of a table's row, with what is before and behind it."""
     return [cell.strip() for cell in line.split("|")]
@@ -486,8 +507,8 @@ def test_several_steps():
 def test_find_team(tiny):
     """The team of a seed is found in the run of several; a seed without a run is an error."""
     team = several.find_team(tiny.folder.parent, 1, 5)
-    weights = torch.load(tiny.folder / "policy.pt")["net.0.weight"]
-    torch.testing.assert_close(team.policy.net[0].weight, weights[3:])
+    weights = torch.load(tiny.folder / "policy.pt")["net.1.weight"]
+    torch.testing.assert_close(team.policy.net[1].weight, weights[3:])
     assert (team.seed, team.env.num_episodes) == (1, 5)
     assert "seed 2" in refusal(several.find_team, tiny.folder.parent, 2, 5)
 

@@ -53,4 +53,4 @@ def test_another_simulator(task, tmp_path, monkeypatch, capsys, caplog):
     assert not caplog.messages  # of actions that do not fit
     run_dir = tmp_path / f"runs/{task}-random/om2p_mpe2/seed-0"
     weights = torch.load(run_dir / "policy.pt", weights_only=True)
-    assert len(weights["net.0.weight"]) == len(obs_dims)
+    assert len(weights["net.1.weight"]) == len(obs_dims)

@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refusal
-from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(ROOT.glob("om2p_*.py")) + sorted((ROOT / "baselines").glob("*.py"))
@@ -225,6 +224,39 @@ def test_agents_and_seeds_learn_alone(script, data, tmp_path):
         assert equal == [k != agent for k in range(2 * agent)]
 
 
+def test_standardize(script, data, tmp_path):
+    """Observations 4 times as large lead to the same weights, bit for bit, and without it do not.
+
+    A policy that learned from those acts as before on observations 4 times as large.
+    """
+    folder = Path(shutil.copytree(data, tmp_path / "data")), data
+    files = sorted((folder[0] / script.task / "expert/seed_0_data").glob("*obs_*.npy"))
+    for path in files:
+        np.save(path, 4 * np.load(path))
+    policies = []
+    for data_dir, standardize in ((folder[1], True), (folder[0], True), (folder[0], False)):
+        script.train(tmp_path, data_dir=data_dir, standardize=standardize, num_updates=3)
+        policies.append(script.policy)
+    weights = [torch.cat([x.flatten() for x in policy.parameters()]) for policy in policies]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    obs = [torch.from_numpy(np.load(path)) for path in files if path.stem.startswith("obs")]
+    obs = torch.nn.utils.rnn.pad_sequence(
+        [x.T for x in obs], batch_first=True
+    ).mT  # (N, T, obs_dim)
+    actions = []
+    for policy, factor in zip(policies, (0.25, 1), strict=False):
+        torch.manual_seed(0)
+        actions.append(policy.act(factor * obs))
+    torch.testing.assert_close(*actions)
+    for name, x in policies[1].state_dict().items():
+        if name.endswith(".mean"):
+            mean = obs.mean(dim=1, keepdim=True)
+            torch.testing.assert_close(
+                x, torch.nn.functional.pad(mean, (0, x.shape[-1] - mean.shape[-1]))
+            )
+
+
 @pytest.mark.parametrize("path", MUJOCO, ids=lambda path: path.stem)
 def test_padding_stays_zero(path, make_mujoco_data, tmp_path, monkeypatch):
     """Pusher-3p's agents have 3, 1 and 3 joints: a 2nd and a 3rd action of the middle one are 0.
@@ -310,10 +342,7 @@ def test_bad_settings(changes, reason, om2p, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_signal_loses_nothing(number, mpe, tmp_path):
-    """A process that was stopped while it trained ends, resumed, as an undisturbed run.
-
-    After SIGINT, which is Ctrl-C, its one line names --resume.
-    """
+    """A process that was stopped while it trained ends, resumed, as an undisturbed run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     changes, folder = {"num_updates": 200, "eval_interval": 20}, mpe.folder(tmp_path / "stopped")
     command = [sys.executable, mpe.path, *mpe.flags(**changes, run_dir=tmp_path / "stopped")]
@@ -321,10 +350,8 @@ def test_signal_loses_nothing(number, mpe, tmp_path):
     while not (folder / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    _, error = process.communicate()
-    if number == signal.SIGINT:
-        assert process.returncode == 1
-        assert (error.count("--resume"), error.count("\n")) == (1, 1)
+    process.communicate()
+    assert process.returncode
     assert not (folder / "policy.pt").exists()
     mpe.train(tmp_path / "stopped", resume=True, **changes)
     assert_same_results(folder, mpe.train(tmp_path / "undisturbed", **changes))
@@ -344,15 +371,6 @@ def test_resume_with_other_settings(mpe, tmp_path):
     before = (mpe.train(tmp_path) / "checkpoint.pt").read_bytes()
     assert "num_updates" in refusal(lambda: mpe.train(tmp_path, resume=True, num_updates=7))
     assert (mpe.folder(tmp_path) / "checkpoint.pt").read_bytes() == before
-
-
-def test_second_process_is_refused(mpe, tmp_path):
-    """Who trains in a run directory has it alone; another is told so, and changes nothing."""
-    folder = mpe.train(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with FileLock(folder.parent / ".seed-0.lock"):
-        assert str(folder) in refusal(lambda: mpe.train(tmp_path, resume=True))
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("streams", ["", "2>&-", ">&- 2>&-"])
@@ -385,7 +403,7 @@ def test_names_keep_runs_apart(mpe, tmp_path):
     folder = mpe.train(tmp_path)
     mpe.train(tmp_path, name="wide", hidden_dims=(32,))
     named = tmp_path / "simple_spread-expert/om2p_mpe-wide/seed-0"
-    assert [weights(path)["net.0.weight"].shape[-1] for path in (folder, named)] == [16, 32]
+    assert [weights(path)["net.1.weight"].shape[-1] for path in (folder, named)] == [16, 32]
 
 
 def test_two_seeds_share_a_directory(om2p, tmp_path):
