@@ -73,7 +73,6 @@ class Args:
     """episodes per evaluation, always from the same initial states"""
     standardize: bool = False
     """let networks see observations with mean 0 and standard deviation 1 over the data"""
-    # OM2P
     num_updates: int = 10_000
     """gradient steps"""
     batch_size: int = 128
@@ -531,7 +530,8 @@ def train(args: Args) -> tuple[MeanFlowPolicy, np.ndarray]:
         writer.add_scalar("charts/return", mean, step)
         writer.add_scalar("charts/normalized_score", score, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        bar.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+        bar.clear()
+        print(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
         for seed, mean in zip(seeds, returns.mean(axis=1).tolist(), strict=True):
             row = {"step": step, "return": mean, "score": normalized_score(args.task, mean)}
             history.append(row | {"seconds": seconds, "seed": seed} | losses)

@@ -559,7 +559,8 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
         writer.add_scalar("charts/return", mean, step)
         writer.add_scalar("charts/normalized_score", score, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        bar.write(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
+        bar.clear()
+        print(f"update {step:>7,}  return {mean:8.2f}  normalized score {score:6.1f}")
         for seed, mean in zip(seeds, returns.mean(axis=1).tolist(), strict=True):
             row = {"step": step, "return": mean, "score": normalized_score(args.task, mean)}
             history.append(row | {"seconds": seconds, "seed": seed} | losses)

@@ -572,7 +572,8 @@ def train(args: Args) -> tuple[Team, list[dict]]:
         for key, value in means.items():
             writer.add_scalar(f"charts/{key}", value, step)
         writer.add_scalar("charts/updates_per_second", step / seconds, step)
-        bar.write(f"update {step:>7,}  held out: {describe(means)}")
+        bar.clear()
+        print(f"update {step:>7,}  held out: {describe(means)}")
         for seed, row in zip(seeds, figures, strict=True):
             history.append({"step": step} | row | {"seconds": seconds, "seed": seed} | losses)
         lines = [history[0].keys(), *(row.values() for row in history)]
