@@ -131,7 +131,7 @@ class StackedLinear(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std of the inputs, by agent; `standardize` sets both for observations."""
+    """(x - mean) / std of every input, by agent; the identity until they are set."""
 
     def __init__(self, num_agents: int, in_dim: int):
         super().__init__()
@@ -207,8 +207,8 @@ class ScorePolicy(nn.Module):
         # Random Fourier features of the time, as many for every agent, embedded together with o
         self.register_buffer("frequency", 30 * torch.randn(num_agents, 1, 16))
         stack, width = (num_agents,), score_dims[-1]
-        self.embed_time, second = (StackedLinear(stack, dim, 32) for dim in (32, obs_dim))
-        self.embed_obs = nn.Sequential(Standardize(num_agents, obs_dim), second)
+        self.embed_time, linear = (StackedLinear(stack, dim, 32) for dim in (32, obs_dim))
+        self.embed_obs = nn.Sequential(Standardize(num_agents, obs_dim), linear)
         first, second = (StackedLinear(stack, dim, width) for dim in (64, width))
         self.embed = nn.Sequential(first, nn.SiLU(), second)
         dims = zip((action_dim, *score_dims), score_dims, strict=False)
@@ -568,7 +568,7 @@ def train(args: Args) -> tuple[ScorePolicy, np.ndarray]:
     if args.standardize:
         std, mean = torch.std_mean(dataset["obs"], dim=1, keepdim=True)
         for net in nn.ModuleList(x for x in parts if isinstance(x, nn.Module)).modules():
-            if isinstance(net, Standardize):
+            if isinstance(net, Standardize):  # observations are the first of its inputs
                 net.mean[..., :obs_dim], net.std[..., :obs_dim] = mean, std.clamp(min=1e-3)
     script, source = Path(__file__), Path(__file__).read_bytes()
     folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()

@@ -108,7 +108,7 @@ class StackedLinear(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std of the inputs, by agent; `standardize` sets both for observations."""
+    """(x - mean) / std of every input, by agent; the identity until they are set."""
 
     def __init__(self, num_agents: int, in_dim: int):
         super().__init__()
@@ -477,7 +477,7 @@ def train(args: Args) -> tuple[DeterministicPolicy, np.ndarray]:
     if args.standardize:
         std, mean = torch.std_mean(dataset["obs"], dim=1, keepdim=True)
         for net in nn.ModuleList(x for x in parts if isinstance(x, nn.Module)).modules():
-            if isinstance(net, Standardize):
+            if isinstance(net, Standardize):  # observations are the first of its inputs
                 net.mean[..., :obs_dim], net.std[..., :obs_dim] = mean, std.clamp(min=1e-3)
     script, source = Path(__file__), Path(__file__).read_bytes()
     folder = Path(args.run_dir, f"{args.task}-{args.quality}").expanduser()

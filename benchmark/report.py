@@ -27,7 +27,7 @@ from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmark" / "results"
 DATASETS = {"mpe": [*map(" ".join, MPE)], "mamujoco": [*map(" ".join, ROBOT)]}
-HOPPER = [f"Hopper-3x1 {quality}" for quality in QUALITIES]
+DATASETS["hopper"] = [f"Hopper-3x1 {quality}" for quality in QUALITIES]
 DEFAULT_STEPS = {"diffusion_ql": "-5", "dom2": "-5", "flow_ql": "-10", "fql": "-10"}
 
 
@@ -49,7 +49,7 @@ def table_of(rows: pd.DataFrame, index: list, columns: str, key: str = "score") 
 def averages(rows: pd.DataFrame, method: str, suite: str, key: str = "score") -> list[float]:
     """A method's average over a suite's datasets, one for every seed that has them all."""
     rows = rows[rows.method == method].pivot(index="seed", columns="data", values=key)
-    return rows.reindex(columns=DATASETS.get(suite, HOPPER)).dropna().mean(axis=1).tolist()
+    return rows.reindex(columns=DATASETS[suite]).dropna().mean(axis=1).tolist()
 
 
 def of_data(rows: pd.DataFrame, key: str) -> pd.Series:
@@ -153,7 +153,7 @@ def averages_table() -> str:
     """Average scores of all methods, and what their updates and actions cost."""
     costs = cost_rows("cpu", "default").loc[[x + DEFAULT_STEPS.get(x, "") for x in draw.LOOKS]]
     columns = {"method": [*map(draw.NAMES.get, draw.LOOKS), "the data"]}
-    for suite, place in zip(DATASETS, ("particles", "HalfCheetah"), strict=True):
+    for suite, place in (("mpe", "particles"), ("mamujoco", "HalfCheetah")):
         rows = read(f"{suite}.csv")
         scores = highlight([averages(rows, method, suite) for method in draw.LOOKS])
         columns[f"score, {place}"] = [*scores, mean(of_data(rows, "data_score"))]

@@ -122,7 +122,7 @@ class StackedLinear(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std of the inputs, by agent; `standardize` sets both for observations."""
+    """(x - mean) / std of every input, by agent; the identity until they are set."""
 
     def __init__(self, num_agents: int, in_dim: int):
         super().__init__()
