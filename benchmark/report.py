@@ -22,12 +22,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "baselines", "benchmark", 
 import draw  # noqa: E402
 import sketch  # noqa: E402
 from card import PUBLIC_RETURNS  # noqa: E402
-from run import GRIDS, MPE, QUALITIES, ROBOT  # noqa: E402
+from run import GRIDS, MPE, QUALITIES, ROBOT, TUNING_DATA  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmark" / "results"
 DATASETS = {"mpe": [*map(" ".join, MPE)], "mamujoco": [*map(" ".join, ROBOT)]}
 DATASETS["hopper"] = [f"Hopper-3x1 {quality}" for quality in QUALITIES]
+DATASETS["mpe_long"] = [*map(" ".join, TUNING_DATA)]  # those of the grid that have run
 DEFAULT_STEPS = {"diffusion_ql": "-5", "dom2": "-5", "flow_ql": "-10", "fql": "-10"}
 
 
@@ -119,8 +120,18 @@ def data_table() -> str:
     return markdown(lines, ("task", "quality", "ours, mean ± sd", "public, mean"))
 
 
-def suite_table(suite: str, key: str = "score", text=estimate) -> str:
-    """Final scores, or returns, of all methods on all datasets; scores' averages."""
+def late_scores(suite: str) -> pd.DataFrame:
+    """The mean score of every run's last third of evaluations: how steady learning is."""
+    curves = read(f"{suite}_curves.csv")
+    late = curves[3 * curves.step > 2 * curves.step.max()]
+    return late.groupby(["method", "data", "seed"], sort=False).score.mean().reset_index()
+
+
+def suite_table(suite: str, key: str = "score", text=estimate, shorter: str = "") -> str:
+    """Final scores, or returns, of all methods on all datasets; scores' averages.
+
+    The last row, if any, has the averages over these datasets in the grid `shorter`.
+    """
     rows = read(f"{suite}.csv")
     table, data = table_of(rows, ["data"], "method", key), of_data(rows, f"data_{key}")
     lines = [
@@ -131,9 +142,43 @@ def suite_table(suite: str, key: str = "score", text=estimate) -> str:
     if key != "score":
         return markdown(lines, header)
     means = highlight([averages(rows, method, suite) for method in table])
-    best = [estimate(averages(rows, method, suite, "best_score")) for method in table]
-    lines += [("average", "", mean(data), *means), ("average, best in training", "", "", *best)]
+    lines.append(("average", "", mean(data), *means))
+    more = {"best in training": (rows, "best_score")}
+    more["last third of training"] = late_scores(suite), "score"
+    if shorter:
+        before = read(f"{shorter}.csv")
+        words = f"{before.updates.max():,} updates on 100,000 transitions"
+        more[words] = before[before.seed.isin(rows.seed)], "score"
+    for words, (part, column) in more.items():
+        found = [estimate(averages(part, method, suite, column)) for method in table]
+        lines.append((f"average, {words}", "", "", *found))
     return markdown(lines, header) + machine_line(suite)
+
+
+def replay_table() -> str:
+    """Scores during training on a dataset of its usual size, and on one ten times as large."""
+    rows, lines = read("replay_curves.csv"), []
+    steps = [4_000, *range(8_000, rows.step.max() + 1, 6_000)]
+    for method in rows.method.unique():
+        for size, part in (("100,000", read("mpe_long_curves.csv")), ("1,000,000", rows)):
+            part = part[(part.method == method) & part.data.isin(rows.data)]
+            scores = part.groupby("step").score.agg(list)
+            lines.append((draw.NAMES[method], size, *scores[steps].map(estimate)))
+    return markdown(lines, ("method", "transitions", *map("after {:,} updates".format, steps)))
+
+
+def q_scale_table() -> str:
+    """What trained critics say of the Q term's size, on several tasks."""
+    rows = read("q_scale.csv")
+    columns = {
+        "method": rows.method.map(draw.NAMES),
+        "data": rows.data,
+        "q_weight": rows.q_weight.map("{:g}".format),
+        "mean of abs(Q)": rows.mean_abs_q.map(mean),
+        "steepness": rows.steepness.map(partial(shown, digits=2)),
+        "move": rows.move.map(partial(shown, digits=2)),
+    }
+    return markdown(columns)
 
 
 def against_table() -> str:
@@ -392,6 +437,9 @@ TABLES = {
     "logs": lambda: markdown(read("logs.csv", dtype=str)),
     "mpe": partial(suite_table, "mpe"),
     "mamujoco": partial(suite_table, "mamujoco"),
+    "mpe_long": partial(suite_table, "mpe_long", shorter="mpe"),
+    "replay": replay_table,
+    "q_scale": q_scale_table,
     "standardised": partial(standardised_table, "mpe", "mpe", "standardised"),
     "standardised_hopper": partial(standardised_table, "hopper", "robots", "robots_standardised"),
     "returns": partial(suite_table, "mpe", "return", mean),

@@ -91,6 +91,8 @@ WEIGHTS = {
 # Updates in the time of OM2P's 4,000, by updates/s in efficiency_cpu.csv, within 5 %
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2530", "dom2": "num-updates: 900"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
+LONG = dict.fromkeys(METHODS, "num-updates+eval-interval: 20000+2000")
+REPLAY, TAG = {method: LONG[method] for method in ("om2p", "fql")}, ABLATION_DATA[1:2]
 CONSERVATIVE = {"fql": "variant: cql", "om2p": "cql-alpha: 0"}
 CONSERVATIVE |= dict.fromkeys(("td3_bc", "flow_ql", "diffusion_ql"), "variant: cql")
 CONVENTIONS = DEFAULTS | {  # an empty value first: the defaults
@@ -107,6 +109,8 @@ MAIN = "every method's main setting"
 MULTI_STEP = "the multi-step policies, each for as long as OM2P's 4,000 updates take"
 GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "mpe": ("all methods on the particle environments", DEFAULTS, MPE, 5),
+    "mpe_long": ("all methods on ten times the data, five times as long", LONG, MPE, 3),
+    "replay": ("the same on a million transitions of medium-replay", REPLAY, TAG, 3),
     "mamujoco": ("all methods on HalfCheetah-2x3", DEFAULTS, ROBOT, 3),
     "robots": ("all methods on three more robots", DEFAULTS, MORE, 3),
     "robots_standardised": ("the same, with `--standardize`", STANDARDISED, MORE, 3),

@@ -4,8 +4,7 @@ Each script is run once undisturbed. Then it is started again and again with --r
 SIGKILL while it trains, until it ends. Some kills come at a random time, others while it writes a
 checkpoint, of which a part is left. Its weights, curve and final returns must be those of the
 undisturbed run, bit for bit. The table tells from which updates the runs went on. Collectors are
-killed while they make datasets: what is left is nothing or the whole. Of two runs started at once
-on one run directory one is refused.
+killed while they make datasets: what is left is nothing or the whole.
 
 No part of the test suite; a kill takes some five seconds. The table goes to
 benchmark/results/chaos.csv and from there into docs/reproduce.md by benchmark/report.py.
@@ -165,17 +164,6 @@ def check_collector(suite: str, place: Path, kills: int, rng: random.Random) -> 
     return row(f"collect_{suite}", done, writing)
 
 
-def check_two_runs(script: Path, place: Path) -> dict:
-    """Start a script twice at once on one run directory."""
-    run = Run(script, place, "twice")
-    processes = [start(*run.words) for _ in range(2)]
-    errors = sorted((process.communicate()[1] for process in processes), key=len)
-    assert sorted(process.returncode for process in processes) == [0, 1], errors
-    assert errors[1].startswith(f"error: {run.folder}"), errors
-    assert outcome(run.folder) == outcome(Run(script, place, "calm").folder)
-    return row(f"{script.stem}: two runs at once", result="one refused, one the same")
-
-
 def main(args: Args) -> None:
     """Make tiny datasets, do all checks and write the table."""
     rng, rows = random.Random(args.seed), []
@@ -193,7 +181,6 @@ def main(args: Args) -> None:
             check = check_collector if target in SUITES else check_script
             rows.append(check(target, place, kills, rng))
             bar.update(kills)
-        rows.append(check_two_runs(scripts[0], place))
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

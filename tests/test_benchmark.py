@@ -25,6 +25,7 @@ import efficiency
 import frozen_critic
 import noise
 import picture
+import q_scale
 import report
 import run
 import sketch
@@ -306,6 +307,26 @@ def test_standardised(monkeypatch):
     ]
 
 
+def test_suite_table(monkeypatch):
+    """Averages at the end, of the best, of the last third, and of the same seeds' shorter runs."""
+    rows = pd.DataFrame(run.TUNING_DATA, columns=["task", "quality"])
+    rows["data"], rows["updates"] = rows.task + " " + rows.quality, 9
+    rows = pd.concat([rows.assign(method="om2p", seed=s, score=40.0 + s) for s in range(3)])
+    curves = pd.concat([rows.assign(step=k, score=rows.score - (9 - k) ** 2) for k in range(1, 10)])
+    rows["data_score"], rows["best_score"] = 7.0, rows.score + 5
+    tables = {"mpe_long.csv": rows[rows.seed < 2], "mpe.csv": rows.assign(score=rows.score - 20)}
+    tables["mpe_long_curves.csv"] = curves[curves.seed < 2]
+    monkeypatch.setattr(report, "read", tables.get)
+    monkeypatch.setattr(report, "machine_line", lambda _: "")
+    table = report.TABLES["mpe_long"]().splitlines()[2:]
+    assert split_row(table[0])[1:-1] == ["simple_spread", "medium", "7.0", "**40.5 ± 0.5**"]
+    late = 40.5 - (0 + 1 + 4) / 3
+    ends = {"average": "**40.5 ± 0.5**", "average, best in training": "45.5 ± 0.5"}
+    ends["average, last third of training"] = f"{late:.1f} ± 0.5"
+    ends["average, 9 updates on 100,000 transitions"] = "20.5 ± 0.5"
+    assert {row[1]: row[4] for row in map(split_row, table[4:])} == ends
+
+
 def split_row(line: str) -> list[str]:
     """The cells of a table's row, with what is before and behind it."""
     return [cell.strip() for cell in line.split("|")]
@@ -555,3 +576,39 @@ def test_policies_on_a_frozen_critic(make_data, tmp_path, monkeypatch):
     assert len(parts) == 4
     for part in parts[1:]:
         torch.testing.assert_close(part[1], parts[0][1], rtol=0, atol=0)
+
+
+def test_steepness():
+    """Of a critic that is linear in the action, without the padding's share."""
+    slope, mask = torch.tensor([3.0, 4.0, 9.0]), torch.tensor([1.0, 1.0, 0.0]).expand(2, 1, 3)
+    action = 0.1 * torch.rand(2, 50, 3)
+    obs = torch.tensor([[[-1.0]], [[3.0]]]).expand(2, 50, 1)  # Q is near -10 and 30
+
+    def critic(obs, action):
+        q = 10 * obs.squeeze(-1) + (action - action.detach()) @ slope
+        return torch.stack([q + 1, q - 1])
+
+    size, steep = q_scale.steepness(critic, obs, action, mask)
+    assert math.isclose(size, 20, rel_tol=1e-5)
+    assert math.isclose(steep, (5 / 10 + 5 / 30) / 2, rel_tol=1e-5)
+
+
+def test_q_scale(make_data, tmp_path, monkeypatch):
+    """The rows of runs: of one seed and of two, with the weight that each was trained with."""
+    make_data(tmp_path / "data", *MEDIUM, 200, 0)
+    make_data(tmp_path / "data", *MEDIUM, 200, 1)
+    line = f"--task {MEDIUM[0]} --quality {MEDIUM[1]} --num-updates 2 --eval-episodes 2 "
+    line += f"--batch-size 8 --hidden-dims 8 8 --device cpu --data-dir {tmp_path / 'data'} "
+    line += f"--run-dir {tmp_path / 'runs'}"
+    folders = []
+    for method, words in (("om2p", "--q-weight 3"), ("td3_bc", "--num-seeds 2")):
+        script = efficiency.load_script(method)
+        script.train(tyro.cli(script.Args, args=[*line.split(), *words.split()]))
+        folders += tmp_path.glob(f"runs/*/{method}_mpe/seed-*")
+    monkeypatch.setattr(q_scale, "ROOT", tmp_path)
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    q_scale.main(q_scale.Args(tuple(folders)))
+    rows = pd.read_csv(tmp_path / "benchmark" / "results" / "q_scale.csv")
+    assert rows.method.tolist() == ["om2p", "td3_bc"]
+    assert rows.q_weight.tolist() == [3, script.Args.q_weight]
+    assert rows.move.tolist() == pytest.approx((rows.q_weight * rows.steepness).tolist(), abs=2e-3)
