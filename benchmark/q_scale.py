@@ -2,13 +2,14 @@
 
     python benchmark/q_scale.py RUN_DIR ...
 
-The policies' losses are a squared distance to recorded actions, mean over their A components, minus
-q_weight Q / E|Q|. If Q is linear in the action, their minimum lies at the distance
+MA-TD3+BC's loss is the squared distance to a recorded action, mean over its A components, minus
+q_weight Q / E|Q|. If Q is linear in the action, the minimum lies at the distance
 
     move = q_weight A |dQ/da| / (2 E|Q|)
 
-from a recorded action, in the units of actions, which go from -1 to 1. Of each run this is
-estimated from its last critic, by up to 10,000 recorded actions of every agent. Writes
+from the recorded action, in the units of actions, which go from -1 to 1. Other losses have the same
+Q term, but hold actions to the data otherwise: their moves compare tasks, not methods. A run's last
+critic is taken, at up to 10,000 recorded actions of every agent. Writes
 benchmark/results/q_scale.csv; `steepness` is E|dQ/da| / E|Q|.
 """
 

@@ -593,22 +593,38 @@ def test_steepness():
     assert math.isclose(steep, (5 / 10 + 5 / 30) / 2, rel_tol=1e-5)
 
 
-def test_q_scale(make_data, tmp_path, monkeypatch):
-    """The rows of runs: of one seed and of two, with the weight that each was trained with."""
-    make_data(tmp_path / "data", *MEDIUM, 200, 0)
-    make_data(tmp_path / "data", *MEDIUM, 200, 1)
-    line = f"--task {MEDIUM[0]} --quality {MEDIUM[1]} --num-updates 2 --eval-episodes 2 "
-    line += f"--batch-size 8 --hidden-dims 8 8 --device cpu --data-dir {tmp_path / 'data'} "
-    line += f"--run-dir {tmp_path / 'runs'}"
+def test_q_scale(make_data, make_mujoco_data, tmp_path, monkeypatch):
+    """Rows of runs, of one seed and two: their weights, and moves for two action dims and one."""
+    make_data(tmp_path / "data", *MEDIUM, 200)
+    for seed in (0, 1):
+        make_mujoco_data(tmp_path / "data", "Reacher-2x1", "medium", 200, seed)
+    line = "--quality medium --num-updates 2 --eval-episodes 1 --device cpu --batch-size 8 "
+    line += f"--hidden-dims 8 8 --data-dir {tmp_path / 'data'} --run-dir {tmp_path / 'runs'}"
     folders = []
-    for method, words in (("om2p", "--q-weight 3"), ("td3_bc", "--num-seeds 2")):
-        script = efficiency.load_script(method)
+    for name, words in (
+        ("om2p_mpe", f"--task {MEDIUM[0]} --q-weight 3000"),
+        ("td3_bc_mamujoco", "--task Reacher-2x1 --q-weight 7000 --num-seeds 2"),
+    ):
+        script = importlib.import_module(name)
         script.train(tyro.cli(script.Args, args=[*line.split(), *words.split()]))
-        folders += tmp_path.glob(f"runs/*/{method}_mpe/seed-*")
+        folders += tmp_path.glob(f"runs/*/{name}/seed-*")
     monkeypatch.setattr(q_scale, "ROOT", tmp_path)
     (tmp_path / "benchmark" / "results").mkdir(parents=True)
     q_scale.main(q_scale.Args(tuple(folders)))
     rows = pd.read_csv(tmp_path / "benchmark" / "results" / "q_scale.csv")
     assert rows.method.tolist() == ["om2p", "td3_bc"]
-    assert rows.q_weight.tolist() == [3, script.Args.q_weight]
-    assert rows.move.tolist() == pytest.approx((rows.q_weight * rows.steepness).tolist(), abs=2e-3)
+    assert rows.q_weight.tolist() == [3000, 7000]
+    moves = rows.q_weight * rows.steepness * [1, 0.5]
+    assert rows.move.tolist() == pytest.approx(moves.tolist(), rel=0.01, abs=0.05)
+    assert rows.move.min() > 1
+
+
+def test_replay(monkeypatch):
+    """Curves of the two sizes of one dataset, the smaller first, of methods that have both."""
+    keys = {"method": "om2p", "data": "a", "seed": 0}
+    large = pd.DataFrame([keys | {"step": k * 1_000, "score": k} for k in (4, 8, 14, 20)])
+    small = pd.concat([large.assign(score=50), large.assign(data="b", score=90)])
+    tables = {"replay_curves.csv": large, "mpe_long_curves.csv": small}
+    monkeypatch.setattr(report, "read", tables.get)
+    rows = [split_row(line)[2:-1] for line in report.TABLES["replay"]().splitlines()[2:]]
+    assert rows == [["100,000", *["50.0"] * 4], ["1,000,000", "4.0", "8.0", "14.0", "20.0"]]
