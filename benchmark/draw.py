@@ -44,17 +44,18 @@ def log_axis(panel, ticks) -> None:
 
 def learning_curves(curves: pd.DataFrame, data: pd.Series) -> plt.Figure:
     """Scores during training, mean over the seeds; OM2P with the range of its seeds."""
-    figure, axes = plt.subplots(len(data) // 4, 4, figsize=(9, len(data) // 2 + 1), sharex="row")
+    size = {"figsize": (9, len(data) // 2 + 1), "sharex": "row", "squeeze": False}
+    figure, axes = plt.subplots(len(data) // 4, 4, **size)
     for (name, points), panel in zip(curves.groupby("data", sort=False), axes.flat, strict=True):
         for method, runs in points.groupby("method", sort=False):
-            lines = runs.groupby("step")["score"].agg(["mean", "min", "max"])
+            lines = runs.groupby(runs.step / 1_000)["score"].agg(["mean", "min", "max"])
             panel.plot(lines["mean"], **style(method))
             if method == "om2p":
                 panel.fill_between(lines.index, lines["min"], lines["max"], color=OURS, alpha=0.25)
         panel.axhline(data[name], color="0.2", ls=":", lw=1.5, label="the data")
         panel.set_title(name, fontsize=9)
         panel.grid(alpha=0.3)
-    plt.setp(axes[-1], xlabel="updates")
+    plt.setp(axes[-1], xlabel="thousands of updates")
     plt.setp(axes[:, 0], ylabel="normalised score")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure

@@ -281,19 +281,17 @@ def q_weight_table() -> str:
     return markdown(table_of(rows, ["data"], "value").map(mean).reset_index())
 
 
-def ablation_table(grid: str, suite: str) -> str:
-    """Scores of OM2P as it is, changed, or (on the MPE) in several steps, and of the data."""
-    rows, kept = read(f"{grid}.csv"), read(f"{suite}.csv").query("method == 'om2p'")
+def ablation_table() -> str:
+    """Scores of OM2P as it is, changed, or in several steps, and of the data."""
+    rows, kept = read("ablation.csv"), read("mpe.csv").query("method == 'om2p'")
     kept["name"] = "the defaults"
     rows["name"] = [f"`{change(*pair)}`" for pair in zip(rows.setting, rows.value, strict=True)]
-    parts = [kept, rows]
-    if suite == "mpe":
-        steps = read("steps.csv").query("steps > 1")
-        parts.append(steps.assign(name=steps.steps.map("the defaults, acting in {} steps".format)))
-    table = table_of(pd.concat(parts), ["name"], "data")[rows.data.unique()]
+    steps = read("steps.csv").query("steps > 1")
+    steps["name"] = steps.steps.map("the defaults, acting in {} steps".format)
+    table = table_of(pd.concat([kept, rows, steps]), ["name"], "data")[rows.data.unique()]
     lines = [(name, *map(estimate, row)) for name, *row in table.itertuples()]
     lines.append(("the data", *of_data(kept, "data_score")[table.columns].map(mean)))
-    return markdown(lines, ("changed setting", *table)) + machine_line(grid)
+    return markdown(lines, ("changed setting", *table)) + machine_line("ablation")
 
 
 def by_quality(parts, header, grid: str, suite: str = "mpe") -> str:
@@ -301,14 +299,16 @@ def by_quality(parts, header, grid: str, suite: str = "mpe") -> str:
 
     A part is a method, words, the rows that it is taken from, and the reference, if any.
     """
-    lines = []
+    lines, data = [], DATASETS[suite]
     for method, words, rows, reference in parts:
-        rows = rows[rows.method == method]
+        rows = rows[(rows.method == method) & rows.data.isin(data)]
         if found := averages(rows, method, suite):
             scores = rows.groupby(["seed", "quality"]).score.mean().unstack()
             cells = *(estimate(scores[quality].tolist()) for quality in QUALITIES), estimate(found)
             gap = estimate(np.subtract(found, reference)) if reference else ""
             lines.append((draw.NAMES[method], words, *cells, gap))
+    means = rows.groupby("quality").data_score.mean()[list(QUALITIES)]
+    lines.append(("the data", "", *means.map(mean), mean(means), ""))
     return markdown(lines, (*header[:2], *QUALITIES, "average", header[2])) + machine_line(grid)
 
 
@@ -346,13 +346,13 @@ def multi_expert_table() -> str:
     return markdown(lines, ("method", "changed", *table)) + machine_line("multi_expert")
 
 
-def noise_table() -> str:
-    """HalfCheetah teams that act with less noise or with more: what the noise in the data costs."""
-    rows, lines = read("noise.csv"), []
-    scores = table_of(rows, ["method", "acting"], "quality")
-    spreads = rows.groupby(["method", "acting", "quality"])["spread"].mean()
+def noise_table(grid: str) -> str:
+    """Teams that act with less noise or with more: what the noise in the data costs."""
+    rows, lines = read(f"noise_{grid}.csv"), []
+    scores = table_of(rows, ["method", "acting"], "data")
+    spreads = rows.groupby(["method", "acting", "data"])["spread"].mean()
     for (method, acting), row in scores.iterrows():
-        spread = " / ".join(f"{spreads[method, acting, quality]:.2f}" for quality in scores)
+        spread = " / ".join(f"{spreads[method, acting, data]:.2f}" for data in scores)
         cells = *map(estimate, row), mean(row.map(np.mean))
         lines.append((draw.NAMES[method], acting, *cells, spread if "mean" in acting else "-"))
     return markdown(lines, ("method", "acting", *scores, "average", "spread of the actions"))
@@ -453,12 +453,12 @@ TABLES = {
     "q_weight": q_weight_table,
     "tune": partial(tune_table, "tune", "mpe"),
     "tune_mamujoco": partial(tune_table, "tune_mamujoco", "mamujoco"),
-    "ablation": partial(ablation_table, "ablation", "mpe"),
-    "ablation_mamujoco": partial(ablation_table, "ablation_mamujoco", "mamujoco"),
+    "ablation": ablation_table,
     "conservative": conservative_table,
     "conventions": lambda: markdown(read("conventions.csv", dtype=str)),
     "multi_expert": multi_expert_table,
-    "noise": noise_table,
+    "noise": partial(noise_table, "mamujoco"),
+    "noise_long": partial(noise_table, "mpe_long"),
     "frozen_critic": frozen_critic_table,
     "cost_default_cpu_compiled": partial(cost_table, "cpu_compiled", "default"),
 }
@@ -468,10 +468,10 @@ for kind in ("cpu", "cuda_compiled"):
         TABLES[f"cost_{part}_{kind}"] = partial(cost_table, kind, part)
 
 
-def curves_figure():
-    """Scores during training on all datasets, and the data's."""
-    curves = read("mpe_curves.csv", "mamujoco_curves.csv")
-    return draw.learning_curves(curves, of_data(read("mpe.csv", "mamujoco.csv"), "data_score"))
+def curves_figure(*grids: str):
+    """Scores during training on all datasets of these grids, and the data's."""
+    curves, rows = (read(*(f"{grid}{end}.csv" for grid in grids)) for end in ("_curves", ""))
+    return draw.learning_curves(curves, of_data(rows, "data_score"))
 
 
 def averages_figure():
@@ -490,8 +490,13 @@ def time_figure():
     return draw.time_curves(read("mpe_curves.csv"), times, scores)
 
 
-FIGURES = {"learning_curves": curves_figure, "averages": averages_figure, "score_time": time_figure}
-FIGURES["method"] = sketch.method_figure
+FIGURES = {
+    "learning_curves": partial(curves_figure, "mpe", "mamujoco"),
+    "learning_curves_long": partial(curves_figure, "mpe_long"),
+    "averages": averages_figure,
+    "score_time": time_figure,
+    "method": sketch.method_figure,
+}
 for kind in ("cpu", "cuda_compiled"):
     FIGURES[f"cost_{kind}"] = lambda kind=kind: draw.cost_bars(cost_rows(kind, "equal"))
     FIGURES[f"growth_{kind}"] = lambda kind=kind: draw.cost_growth(cost_rows(kind))

@@ -71,7 +71,7 @@ TUNING = {  # what matters most in each method, and step sizes
     "return-quantiles: 0.5,0.75,0.9; learning-rate: 0.003",
 }
 TUNING_MAMUJOCO = {
-    "om2p": "q-weight: 0.12 0.5 2; flow-ratio+q-weight: 0.5+0.5 0.5+2",
+    "om2p": "q-weight: 0.06 0.12 0.25 0.5 1 2; flow-ratio: 0.5; cql-alpha: 0; derivative: jvp",
     "td3_bc": "q-weight: 0.06 0.25 1 4 16",
     "omar": "cql-alpha: 0.1 1 5",
     "diffusion_ql": "q-weight: 0.12 0.5 2 8",
@@ -83,10 +83,6 @@ ABLATION = {  # flags of benchmark/variants.py and of om2p_mpe.py itself
     "time-alpha+time-beta: 1+1; q-weight: 0; variant+delta+q-weight: q-at-noise+0.1+8; "
     "flow-ratio: 0 0.75 1; variant: smaller-q penalty; variant+cql-alpha: conservative+0; "
     "time-alpha+time-beta: 0.5+1 2+2; variant+q-weight: no-derivative+8"
-}
-WEIGHTS = {
-    "om2p": "q-weight: 2; flow-ratio: 0.5; flow-ratio+q-weight: 0.5+2; "
-    "time-alpha+flow-ratio: 1+0.5; derivative: jvp"
 }
 # Updates in the time of OM2P's 4,000, by updates/s in efficiency_cpu.csv, within 5 %
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2530", "dom2": "num-updates: 900"}
@@ -119,7 +115,6 @@ GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "tune": (f"{MAIN}s, on four datasets of the particle environments", TUNING, TUNING_DATA, 1),
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
     "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 3),
-    "ablation_mamujoco": (f"OM2P's weights, times and du/dr on {CHEETAH}", WEIGHTS, ROBOT, 3),
     "conservative": ("OM2P without its conservative term, rivals with it", CONSERVATIVE, MPE, 3),
     "multi_expert": ("all methods on data of several conventions", CONVENTIONS, MULTI, 3),
     "published": ("BC and MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),

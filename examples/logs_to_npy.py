@@ -5,9 +5,9 @@
 
 SOURCE is an .npz or HDF5 file in D4RL's layout, or the name of a local Minari dataset. In D4RL's
 layout all episodes stand one after the other, in arrays of as many rows: observations, actions,
-rewards (one, or one for each agent), terminals or terminations, timeouts or truncations. It may
-have next_observations. --obs and --action have one entry for every agent, its columns as Python
-counts them: `0:10`, or `0:10,34:37` if they are not in one piece.
+rewards (one, or one for each agent), terminals or terminations, and timeouts or truncations, which
+next_observations can replace. --obs and --action have one entry for every agent, its columns as
+Python counts them: `0:10`, or `0:10,34:37` if they are not in one piece.
 
 OUT gets {obs,acs,rews,next_obs,dones}_{i}.npy of every agent i, float32. `dones` is 1 where the
 task ended (terminals), and 0 where only the recording did (timeouts). Without next_observations
@@ -41,7 +41,8 @@ class Args:
 def read_flat(file) -> dict[str, np.ndarray]:
     """Rows of an open .npz or HDF5 file, {key: (T, ...)}; `cut` and `next_obs` may be missing."""
     found = {key: [name for name in names if name in file] for key, names in NAMES.items()}
-    if missing := [key for key in ("obs", "action", "reward", "done") if not found[key]]:
+    needed = ("obs", "action", "reward", "done", *([] if found["next_obs"] else ["cut"]))
+    if missing := [key for key in needed if not found[key]]:
         raise ValueError(f"it has no {' or '.join(NAMES[missing[0]])}")
     return {key: np.asarray(file[names[0]]) for key, names in found.items() if names}
 

@@ -553,6 +553,28 @@ def test_acting():
     assert acting.variances == pytest.approx([1 / 16])
 
 
+def test_noise_of_a_grid(tiny, tmp_path, monkeypatch):
+    """Teams come from the grid's own folders, and play as trained, by their mean, or with noise."""
+    monkeypatch.setattr(noise, "ROOT", tmp_path)
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    team, places = several.find_team(tiny.folder.parent, 1, 5), []
+    team.policy = SimpleNamespace(act=lambda obs: torch.rand(3, obs.shape[1], 2))
+    monkeypatch.setattr(noise, "find_team", lambda *place: places.append(place) or team)
+    noise.main(noise.Args("mpe_long", tmp_path, ("om2p", "td3_bc"), (1,)))
+    name = "mpe_long/simple_world-expert/td3_bc_mpe-num-updates-eval-interval-20000-2000"
+    assert places[-1] == (tmp_path / name, 1, 1_000)
+    rows = pd.read_csv(tmp_path / "benchmark/results/noise_mpe_long.csv")
+    assert len(rows) == 2 * 4 * 2
+    plain = rows.acting == "as trained"
+    scores = rows[plain].groupby("task").score  # of the same team and start states
+    assert (scores.nunique() == 1).all()
+    assert not (rows[~plain].score == rows[~plain].task.map(scores.first())).any()
+    sampled = rows.acting == "mean of 16 actions"
+    assert set(rows[sampled].method) == {"om2p"}
+    assert (rows[sampled].spread > 0).all()
+    assert not rows[~sampled].spread.any()
+
+
 def test_linear_share():
     """One for a linear function with an offset, zero for an even one, half for the sum of both."""
     obs = torch.randn(2, 20_000, 1)

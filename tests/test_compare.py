@@ -60,6 +60,12 @@ def test_what_differs_is_shown(make_run):
     assert list(table["score"]) == ["10.0", "20.0", "30.0"]  # of one seed no interval
 
 
+def test_other_data_are_shown(make_run):
+    """Rows of different tasks say so, also where each is of another method."""
+    table = table_of(make_run("a", [10]), make_run("b", [20], script="fql_mpe.py", task="mine"))
+    assert list(table.columns[:3]) == ["method", "task", "seeds"]
+
+
 def test_run_that_goes_on(make_run):
     """A run without its last evaluation is told from one that has ended."""
     table = table_of(make_run("a", [10], num_updates=400), make_run("b", [10], num_updates=200))

@@ -104,6 +104,21 @@ def test_without_next_observations(episodes, log, tmp_path, capsys):
         assert_array_equal(values, expected * (name not in ("rews_1", "rews_2", "rews_3")))
 
 
+def test_neither_cuts_nor_next_observations(episodes, tmp_path):
+    """Without both, rows of two episodes could not be told apart; one is enough."""
+    rows = joined(episodes)
+    del rows["timeouts"]
+    np.savez(tmp_path / "whole.npz", **rows)
+    assert len(convert(tmp_path / "whole.npz", tmp_path / "whole")["obs_0"]) == len(rows["rewards"])
+    del rows["next_observations"]
+    np.savez(tmp_path / "robots.npz", **rows)
+    source, out = str(tmp_path / "robots.npz"), tmp_path / "out"
+    assert "no timeouts or truncations" in refusal(
+        logs_to_npy.convert, logs_to_npy.Args(source, out)
+    )
+    assert not out.exists()
+
+
 def test_bad_columns(episodes, tmp_path):
     """Columns that are not there, or no columns, are named, and nothing is written."""
     np.savez(tmp_path / "robots.npz", **episodes[0])

@@ -68,7 +68,8 @@ def make_table(groups: list[tuple[dict, pd.DataFrame]]) -> tuple[pd.DataFrame, l
     """The table of all groups, and a label for each, which says in what it differs from others."""
     settings = pd.DataFrame([settings for settings, _ in groups]).fillna("-")
     counts = settings.groupby("method").nunique().max()  # within a method
-    varied = [key for key in counts.index if counts[key] > 1]
+    several = settings[["task", "quality"]].nunique() > 1  # of any methods
+    varied = [key for key in counts.index if counts[key] > 1 or several.get(key)]
     rows = []
     for own, metrics in groups:
         last = metrics.sort_values("step").groupby("seed").last()
