@@ -76,14 +76,14 @@ def average_bars(bars: dict[str, tuple], data: float) -> plt.Figure:
     return figure
 
 
-def time_curves(curves: pd.DataFrame, times: dict, short: dict[str, float]) -> plt.Figure:
-    """Average scores against training time in that of OM2P; `short`: those at time 1."""
+def time_curves(curves: pd.DataFrame, times: dict, ends: dict[str, tuple]) -> plt.Figure:
+    """Average scores against training time in that of OM2P; `ends`: (time, score) of short runs."""
     figure, panel = plt.subplots(figsize=(9, 4.2))
     for method, points in curves.groupby("method", sort=False):
         scores = points.groupby("step")["score"].mean()
         panel.plot(scores.index * times[method], scores, **style(method))
-    for method, score in short.items():
-        panel.plot(1, score, "D", color=LOOKS[method][1], ms=7, zorder=4)
+    for method, point in ends.items():
+        panel.plot(*point, "D", color=LOOKS[method][1], ms=7, zorder=4)
     log_axis(panel, (0.05, 0.1, 0.2, 0.5, 1, 2, 5))
     panel.set_xlabel("training time, that of OM2P's 4,000 updates = 1")
     panel.set_ylabel("normalised score, average of 12 datasets")

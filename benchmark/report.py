@@ -334,6 +334,15 @@ def conservative_table() -> str:
     return by_quality(parts, ("method", "conservative term", "less OM2P's, paired"), "conservative")
 
 
+def two_networks_table() -> str:
+    """OM2P's scores by quality as it is, and with a second network that sees observations alone."""
+    plain, changed = read("mpe.csv"), read("two_networks.csv")
+    plain = plain[plain.seed.isin(changed.seed)]
+    parts = [("om2p", "one", plain, []), ("fql", "two: flow, one step", plain, [])]
+    parts += [("om2p", "two", changed, averages(plain, "om2p", "mpe"))]
+    return by_quality(parts, ("method", "networks of the policy", "gain, paired"), "two_networks")
+
+
 def multi_expert_table() -> str:
     """Scores of all methods, and of some of them changed, on data of several conventions."""
     rows = read("multi_expert.csv")
@@ -410,6 +419,16 @@ def cost_table(kind: str, part: str) -> str:
     return markdown(columns)
 
 
+def two_cpus_table() -> str:
+    """Every method's time of an update on two processors, OM2P's being 1 on each."""
+    columns = {"method": cost_rows("cpu", "equal").name}
+    for part, words in (("equal", "equal networks"), ("default", "the scripts' defaults")):
+        for kind in ("cpu", "epyc"):
+            name = json.loads((RESULTS / f"efficiency_{kind}.json").read_text())["processor"]
+            columns[f"{words}, {name.split('(')[0]}"] = cost_rows(kind, part).time.map(shown)
+    return markdown(columns)
+
+
 def cost_machine(kind: str) -> str:
     """Where the costs were measured, and the range of ratios to the 20-step diffusion policy."""
     machine = json.loads((RESULTS / f"efficiency_{kind}.json").read_text())
@@ -455,11 +474,13 @@ TABLES = {
     "tune_mamujoco": partial(tune_table, "tune_mamujoco", "mamujoco"),
     "ablation": ablation_table,
     "conservative": conservative_table,
+    "two_networks": two_networks_table,
     "conventions": lambda: markdown(read("conventions.csv", dtype=str)),
     "multi_expert": multi_expert_table,
     "noise": partial(noise_table, "mamujoco"),
     "noise_long": partial(noise_table, "mpe_long"),
     "frozen_critic": frozen_critic_table,
+    "cost_two_cpus": two_cpus_table,
     "cost_default_cpu_compiled": partial(cost_table, "cpu_compiled", "default"),
 }
 for kind in ("cpu", "cuda_compiled"):
@@ -486,8 +507,9 @@ def time_figure():
     """Averages against time: the grid `mpe` while it trained, and the grid `equal_time`."""
     costs, short = cost_rows("cpu", "default").time / 4_000, read("equal_time.csv")
     times = {method: costs[method + DEFAULT_STEPS.get(method, "")] for method in draw.LOOKS}
-    scores = {method: np.mean(averages(short, method, "mpe")) for method in set(short.method)}
-    return draw.time_curves(read("mpe_curves.csv"), times, scores)
+    ends = short.groupby("method")["updates"].first().items()
+    ends = {key: (k * times[key], np.mean(averages(short, key, "mpe"))) for key, k in ends}
+    return draw.time_curves(read("mpe_curves.csv"), times, ends)
 
 
 FIGURES = {

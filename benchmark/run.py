@@ -71,7 +71,7 @@ TUNING = {  # what matters most in each method, and step sizes
     "return-quantiles: 0.5,0.75,0.9; learning-rate: 0.003",
 }
 TUNING_MAMUJOCO = {
-    "om2p": "q-weight: 0.06 0.12 0.25 0.5 1 2; flow-ratio: 0.5; cql-alpha: 0; derivative: jvp",
+    "om2p": "q-weight: 0.06 0.12 0.25 0.5 1 2; flow-ratio: 0.5; cql-alpha: 0",
     "td3_bc": "q-weight: 0.06 0.25 1 4 16",
     "omar": "cql-alpha: 0.1 1 5",
     "diffusion_ql": "q-weight: 0.12 0.5 2 8",
@@ -84,13 +84,14 @@ ABLATION = {  # flags of benchmark/variants.py and of om2p_mpe.py itself
     "flow-ratio: 0 0.75 1; variant: smaller-q penalty; variant+cql-alpha: conservative+0; "
     "time-alpha+time-beta: 0.5+1 2+2; variant+q-weight: no-derivative+8"
 }
-# Updates in the time of OM2P's 4,000, by updates/s in efficiency_cpu.csv, within 5 %
+# Updates in the time of OM2P's 4,000, by updates/s in efficiency_epyc.csv, within 5 %
 EQUAL_TIME = {"diffusion_ql": "num-updates: 2530", "dom2": "num-updates: 900"}
 EQUAL_TIME |= {"flow_ql": "num-updates: 1810"}
 LONG = dict.fromkeys(METHODS, "num-updates+eval-interval: 20000+2000")
 REPLAY, TAG = {method: LONG[method] for method in ("om2p", "fql")}, ABLATION_DATA[1:2]
 CONSERVATIVE = {"fql": "variant: cql", "om2p": "cql-alpha: 0"}
 CONSERVATIVE |= dict.fromkeys(("td3_bc", "flow_ql", "diffusion_ql"), "variant: cql")
+TWO_NETWORKS = {"om2p": "variant: two-networks"}
 CONVENTIONS = DEFAULTS | {  # an empty value first: the defaults
     "om2p": "; variant: no-derivative released; q-weight: 0",
     **dict.fromkeys(("diffusion_ql", "flow_ql"), "; q-weight: 0"),
@@ -116,6 +117,7 @@ GRIDS = {  # name -> what it compares, changes, datasets, number of seeds
     "tune_mamujoco": (f"{MAIN}, on two datasets of {CHEETAH}", TUNING_MAMUJOCO, ROBOT[1:3], 1),
     "ablation": ("OM2P without or with other ideas", ABLATION, ABLATION_DATA, 3),
     "conservative": ("OM2P without its conservative term, rivals with it", CONSERVATIVE, MPE, 3),
+    "two_networks": ("OM2P with a second network of the observation", TWO_NETWORKS, MPE, 3),
     "multi_expert": ("all methods on data of several conventions", CONVENTIONS, MULTI, 3),
     "published": ("BC and MA-TD3+BC by OMAR's settings", PUBLISHED, MPE, 1),
 }

@@ -8,6 +8,7 @@ released           loss and action of the authors' release (docs/algorithm.md, d
                    and the Q term at noise; times and everything else are as here
 penalty            the squared distance of actions to the box [-1, 1] is added to the policy's loss
 smaller-q          the TD target takes the smaller critic's value, as in TD3, not the mean of both
+two-networks       to u is added (t - r) w(o), where w sees the observation alone
 conservative       the critics' loss gets the term of OMAR's and DOM2's, ten uniform actions and the
                    policy's own, with its weight there; for --cql-alpha 0
 cql                for other methods, as --method fql: the critics' loss gets OM2P's conservative
@@ -43,6 +44,7 @@ om2p_policy_loss, om2p_critic_loss = om2p_mpe.policy_loss, om2p_mpe.critic_loss
 
 METHODS = ("om2p", "td3_bc", "diffusion_ql", "flow_ql", "fql")
 OF_OM2P = ("no-derivative", "q-at-noise", "released", "penalty", "smaller-q", "conservative")
+OF_OM2P += ("two-networks",)
 
 
 @dataclass
@@ -106,6 +108,22 @@ class FreePolicy(MeanFlowPolicy):
         return u
 
 
+class TwoNetworks(MeanFlowPolicy):
+    """u(x_r, r, t | o) + (t - r) w(o): a second network, half as wide, sees observations alone.
+
+    It is the critic's to use: where r = t, and u is the data's velocity, it has no part.
+    """
+
+    def __init__(self, num_agents: int, obs_dim: int, action_dim: int, hidden_dims):
+        super().__init__(num_agents, obs_dim, action_dim, hidden_dims)
+        half = [width // 2 for width in hidden_dims]
+        self.shift = om2p_mpe.mlp((num_agents,), obs_dim, half, action_dim)
+
+    def forward(self, obs, x, r, t):
+        """Shapes as in `MeanFlowPolicy`."""
+        return super().forward(obs, x, r, t) + (t - r) * self.shift(obs)
+
+
 def penalty_loss(policy, critic, batch, args):
     """OM2P's loss plus the squared distance to the box, mean over the batch, sum over agents."""
     loss, parts = om2p_policy_loss(policy, critic, batch, args)
@@ -139,6 +157,7 @@ CHANGES = {
     "penalty": {"policy_loss": penalty_loss, "MeanFlowPolicy": FreePolicy},
     "smaller-q": {"critic_loss": partial(om2p_mpe.critic_loss, aggregate=torch.amin)},
     "conservative": {"critic_loss": conservative_critic_loss},
+    "two-networks": {"MeanFlowPolicy": TwoNetworks},
 }
 
 

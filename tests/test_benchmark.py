@@ -265,6 +265,7 @@ def test_conservative(monkeypatch):
     """Rows without the term and with it, of the same seeds, unless there are none."""
     rows = pd.DataFrame(run.MPE, columns=["task", "quality"])
     rows["data"], rows["score"] = rows.task + " " + rows.quality, 3.0 * rows.index
+    rows["data_score"] = 2.0 * rows.index
     pairs = product(("om2p", "fql"), range(3))
     rows = pd.concat([rows.assign(method=m, seed=s) for m, s in pairs], ignore_index=True)
     changed = rows[rows.seed < 2].assign(score=rows.score + 1)
@@ -276,7 +277,8 @@ def test_conservative(monkeypatch):
         return [split_row(line)[1:-1] for line in report.conservative_table().splitlines()[2:]]
 
     names = [*map(list, product(("OM2P", "FQL"), ("without", "with")))]
-    found = lines()
+    *found, data = lines()
+    assert data == ["the data", "", "8.0", "10.0", "12.0", "14.0", "11.0", ""]
     assert [row[:2] for row in found] == names
     plain, more = (
         [f"{x:.1f} ± 0.0" for x in (12 + k, 15 + k, 18 + k, 21 + k, 16.5 + k)] for k in (0, 1)
@@ -284,13 +286,37 @@ def test_conservative(monkeypatch):
     assert [row[2:-1] for row in found] == [more, plain, plain, more]
     assert [row[-1] for row in found] == [f"{x} ± 0.0" for x in ("1.0", "0.0", "0.0", "1.0")]
     changed = changed[changed.method == "fql"]
-    assert [row[:2] for row in lines()] == names[1:]
+    assert [row[:2] for row in lines()[:-1]] == names[1:]
+
+
+def test_two_networks_table(monkeypatch):
+    """OM2P and FQL of the seeds that have two networks, and the gain; rows of seeds without out."""
+    rows = pd.DataFrame(run.MPE, columns=["task", "quality"])
+    rows["data"], rows["score"] = rows.task + " " + rows.quality, 3.0 * rows.index
+    rows["data_score"] = 7.0
+    pairs = product(("om2p", "fql"), range(3))
+    rows = pd.concat([rows.assign(method=m, seed=s) for m, s in pairs], ignore_index=True)
+    rows.loc[rows.seed == 2, "score"] += 50
+    new = rows[(rows.seed < 2) & (rows.method == "om2p")].assign(score=rows.score + 2)
+    tables = {"mpe.csv": rows, "two_networks.csv": new}
+    monkeypatch.setattr(report, "read", tables.get)
+    monkeypatch.setattr(report, "machine_line", lambda _: "")
+    table = [split_row(line)[1:-1] for line in report.two_networks_table().splitlines()[2:]]
+    assert [(row[0], row[-2], row[-1]) for row in table] == [
+        ("OM2P", "16.5 ± 0.0", ""),
+        ("FQL", "16.5 ± 0.0", ""),
+        ("OM2P", "18.5 ± 0.0", "2.0 ± 0.0"),
+        ("the data", "7.0", ""),
+    ]
 
 
 def test_standardised(monkeypatch):
     """Both kinds of observations, of the seeds that have both, and the gain; for whom both ran."""
     rows = pd.DataFrame({"quality": run.QUALITIES}).assign(task="Hopper-3x1")
-    rows["data"], rows["score"] = rows.task + " " + rows.quality, 4.0 * rows.index
+    rows["data_score"] = rows["score"] = 4.0 * rows.index
+    others = rows.assign(task="Ant-2x4", data_score=99.0, score=99.0)
+    rows = pd.concat([rows, others], ignore_index=True)
+    rows["data"] = rows.task + " " + rows.quality
     pairs = product(("om2p", "bc", "fql"), range(3))
     rows = pd.concat([rows.assign(method=m, seed=s) for m, s in pairs], ignore_index=True)
     rows.loc[rows.seed == 2, "score"] += 50
@@ -304,6 +330,7 @@ def test_standardised(monkeypatch):
     assert [split_row(line)[1:-1] for line in table] == [
         ["OM2P", "as recorded", *cells[0], ""],
         ["OM2P", "standardised", *cells[1], "2.0 ± 0.0"],
+        ["the data", "", "0.0", "4.0", "8.0", "12.0", "6.0", ""],
     ]
 
 
@@ -343,8 +370,8 @@ def test_pages_have_all_tables():
 
 
 def test_equal_times():
-    """The updates of the grid equal_time are those that the rates of the scripts' defaults give."""
-    rates = report.cost_rows("cpu", "default").updates_per_second
+    """The updates of the grid equal_time are those that the rates of the scripts' defaults gave."""
+    rates = report.cost_rows("epyc", "default").updates_per_second
     for cell in run.cells_of("equal_time"):
         name = cell.method + report.DEFAULT_STEPS[cell.method]
         script, settings = efficiency.METHODS[name]
@@ -433,6 +460,18 @@ def test_actions_of_variants():
     free(obs, noise, torch.full((2, 8, 1), 0.5), torch.ones(2, 8, 1))
     half = policy(obs, noise, torch.full((2, 8, 1), 0.5), torch.ones(2, 8, 1)) / 2
     torch.testing.assert_close(free.free, noise + half)
+
+
+def test_two_networks():
+    """The second network, half as wide, sees the observation, and grows with the interval."""
+    policy, obs, x, _ = make_variant(MeanFlowPolicy)
+    two = make_variant(variants.TwoNetworks)[0]
+    r, t = torch.rand(2, 2, 8, 1).sort(dim=0).values
+    added = two(obs, x, r, t) - policy(obs, x, r, t)
+    torch.testing.assert_close(added, (t - r) * two.shift(obs))
+    torch.testing.assert_close(two(obs, x, t, t), policy(obs, x, t, t))
+    assert two.shift[1].weight.shape == (2, 3, policy.net[1].weight.shape[-1] // 2)
+    assert added.abs().max() > 0.01
 
 
 def test_smaller_q():
