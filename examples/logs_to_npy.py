@@ -39,7 +39,7 @@ class Args:
 
 
 def read_flat(file) -> dict[str, np.ndarray]:
-    """Rows of an open .npz or HDF5 file, {key: (T, ...)}; `cut` and `next_obs` may be missing."""
+    """Rows of an open .npz or HDF5 file, {key: (T, ...)}; `cut` or `next_obs` may be missing."""
     found = {key: [name for name in names if name in file] for key, names in NAMES.items()}
     needed = ("obs", "action", "reward", "done", *([] if found["next_obs"] else ["cut"]))
     if missing := [key for key in needed if not found[key]]:

@@ -290,7 +290,7 @@ def test_conservative(monkeypatch):
 
 
 def test_two_networks_table(monkeypatch):
-    """OM2P and FQL of the seeds that have two networks, and the gain; rows of seeds without out."""
+    """OM2P and FQL of the seeds that have two networks, and the gain; no rows of other seeds."""
     rows = pd.DataFrame(run.MPE, columns=["task", "quality"])
     rows["data"], rows["score"] = rows.task + " " + rows.quality, 3.0 * rows.index
     rows["data_score"] = 7.0
@@ -377,6 +377,18 @@ def test_equal_times():
         script, settings = efficiency.METHODS[name]
         assert settings.items() <= vars(importlib.import_module(f"{script}_mpe").Args()).items()
         assert int(cell.value) == pytest.approx(4_000 * rates[name] / rates["om2p"], rel=0.05)
+
+
+def test_two_processors():
+    """OM2P's updates per second over a method's, on each processor, in each part."""
+    header, _, *lines = map(split_row, report.two_cpus_table().splitlines())
+    row = next(row for row in lines if row[1] == "FQL, 10 steps")
+    for words, part in (("equal networks", "equal"), ("the scripts' defaults", "default")):
+        for name, kind in (("Intel", "cpu"), ("AMD EPYC", "epyc")):
+            rates = report.read(f"efficiency_{kind}.csv").query(f"part == '{part}'")
+            rates = rates.set_index("method").updates_per_second
+            found = float(row[header.index(f"{words}, {name}")])
+            assert found == pytest.approx(rates["om2p"] / rates["fql-10"], rel=0.005)
 
 
 def test_main(tmp_path, monkeypatch, capsys):
